@@ -1,0 +1,432 @@
+"""Stage 1: a teacher LLM writes instructions and answers by itself, a TTS speaks the instructions (RBA, step 1).
+
+[paper] "self-synthesis ... extensive, high-fidelity alignment data, without human annotation".
+How it is done here is [ours]:
+1. Magpie (arXiv 2406.08464): the teacher gets its chat template up to the user's words and samples the user's turn
+   (T = 1, no truncation). For `sqa` and `s2tt` the turn's first words are given, with T = 0.8.
+2. The teacher answers greedily under the one system turn; for `sqa` it then names the short answer in its own answer.
+3. Text that can't be spoken, near duplicates and answers that were cut are filtered; a funnel counts all of it.
+4. Speech: a voice, speed, pitch, disfluency and acoustic condition per item, all drawn from the item's own seed.
+5. Whisper transcribes; an item over the WER bound leaves `train` and `valid`. The test split stands twice: `test`
+   with the bound, `test_all` without.
+6. What can't be answered well (cut answers, no short answer) goes to `align`, which needs speech and words only.
+
+Reads nothing. Writes DIR/data/: {align,train,valid,test,test_all}.jsonl, audio/*.wav, card.md, funnel.json, config.json.
+The unit of work is a numbered batch seeded by (seed, stream, batch): kills and processes do not change the data.
+
+    python 01_synthesize.py                                       one process
+    torchrun --nproc_per_node 8 01_synthesize.py --preset small   one node
+"""
+import json
+import math
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from tqdm import tqdm
+
+import common
+from common import RATE, TASKS, UserError, derive_seed
+
+FLAGS = {"n-align": dict(type=int, help="utterances for *align*: speech and words"),
+         "n-train": dict(type=int, help="items with answers, a third per task"),
+         "n-valid": dict(type=int, help="likewise"), "n-test": dict(type=int, help="likewise")}
+
+BATCH = 128                                               # user turns sampled per text batch
+SPEECH_BATCH = 32                                         # utterances per speech batch
+POOL = 1.3                                                # items with answers per item wanted, for the WER bound
+REQUESTS = {"instruct": "", "sqa": "Answer in one short sentence.", "s2tt": "Translate what I said into {language}."}
+# What stands before the sampled words: a system turn (None: the template's own) and the turn's first words. Openers
+# are bare question words: no question, answer or entity stands in this file.
+QUIZ = ("You are a quiz expert. The user asks a short trivia question about geography, science, history, nature or "
+        "everyday things, and you answer it with one word or one name.")
+OPENERS = ("What is the", "Who", "Which", "Where is", "What is the name of", "What", "In which country", "Who was the")
+CONDITIONS = (("clean", 5), ("noise:{:.0f}", 2, 10, 30), ("reverb:{:.2f}", 2, 0.2, 0.5), ("band:{:.0f}", 1, 2500, 5000))
+
+
+# ------------------------------------------------------------------------------------------------ text filters
+def is_speakable(text):
+    """No code, markup, URL, list, table or line break; letters and digits that can be read out."""
+    return bool(re.fullmatch(r"[A-Za-z0-9 ,.?!'’\"$%&:;()\-]+", text)) and not re.search(
+        r"https?:|www\.|\.com|\(\)|--|::|\d{5}|[A-Za-z]\d|[a-z][A-Z]|[_`]", text)
+
+
+def has_length(text, low=3, high=20):
+    return low <= len(text.split()) <= high
+
+
+def is_english(text):
+    """At least a fifth of the words are common English function words: the filter against other languages and word
+    salad. [ours]"""
+    common_words = set("a an and are can could do does for from give has have how i in is it me my of on one some "
+                       "tell that the there they this to was we what when where which who will with would you your"
+                       .split())
+    words = re.findall(r"[a-z']+", text.lower())
+    return len(words) > 0 and sum(word in common_words for word in words) >= len(words) / 5
+
+
+def first_sentence(text):
+    found = re.match(r"[^.?!]+[.?!]", text)
+    return found.group(0).strip() if found else ""
+
+
+def near_duplicates(texts, threshold=0.7):
+    """For each text the index of an earlier kept one whose word bigrams overlap by Jaccard >= threshold, or None."""
+    holders, sizes, verdicts = {}, {}, []
+    for i, text in enumerate(texts):
+        words = ["<"] + re.findall(r"[a-z0-9]+", text.lower()) + [">"]
+        grams = set(zip(words, words[1:]))
+        shared = Counter(j for gram in grams for j in holders.get(gram, ()))
+        twin = next((j for j, n in sorted(shared.items()) if n / (len(grams) + sizes[j] - n) >= threshold), None)
+        verdicts.append(twin)
+        if twin is None:
+            sizes[i] = len(grams)
+            for gram in grams:
+                holders.setdefault(gram, []).append(i)
+    return verdicts
+
+
+def short_answer(question, answer, continuation):
+    """The teacher's own naming of the key words of its answer: a run of <= 3 words of the answer that the question
+    does not already hold, or ""."""
+    name = re.split(r"[.,!?;\n]", continuation.strip(' :"'))[0].strip(' "\':')
+    name = re.sub(r"^(in |at |by )?(the |an? )?", "", name, flags=re.I)
+
+    def spaced(text):
+        return " " + " ".join(re.findall(r"[\w'-]+", text.lower())) + " "
+    good = 1 <= len(name.split()) <= 3 and len(name) > 1 and spaced(name) in spaced(answer)
+    return name if good and spaced(name) not in spaced(question) else ""
+
+
+# ----------------------------------------------------------------------------------- 1, 2: instructions, answers
+def write_texts(teacher, stream, batch, args):
+    """One numbered batch of a stream (a task, or `words`: user turns for *align* alone) -> list of rows.
+
+    A row: id, task, text, response, reference, ended, and `dropped`, the first filter it failed ("" if none).
+    """
+    tokenizer, llm, device = teacher
+    with_answers = stream in TASKS
+    system, opener, temperature = None, "", 1.0
+    if stream == "sqa":
+        system, opener, temperature = QUIZ, OPENERS[batch % len(OPENERS)], 0.8
+    if stream == "s2tt":
+        system, temperature = f"You translate everyday English sentences into {args.language}.", 0.8
+        opener = f'Translate this sentence into {args.language}: "'
+    before, _, end_id = common.chat_parts(tokenizer, system=system)
+    before = before + tokenizer(opener, add_special_tokens=False).input_ids
+    table = llm.get_input_embeddings()
+
+    def continuations(prompts, max_new, seeds=None):
+        """Token id lists -> (text, ended), sorted by length into batches of BATCH."""
+        order, results = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
+        for at in range(0, len(order), BATCH):
+            chosen = order[at:at + BATCH]
+            with common.autocast(device), torch.inference_mode():
+                embeds = [table(torch.tensor(prompts[i], device=device)) for i in chosen]
+                found = common.sample(llm, embeds, end_id, max_new, seeds, temperature)
+            for i, replies in zip(chosen, found):
+                results[i] = [(tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in replies]
+        return results
+
+    seeds = [[derive_seed(args.seed, stream, batch, row) for row in range(BATCH)]]
+    rows = []
+    for number, (said, ended) in enumerate(continuations([before], args.instruction_tokens, seeds)[0]):
+        text = said.split('"')[0].strip() if stream == "s2tt" else (opener + said).strip()
+        if stream == "s2tt":
+            ended = '"' in said                           # the quotation's end is the sentence's end
+        elif not ended:
+            text = first_sentence(text)                   # still good for *align*
+        checks = (("speakable", is_speakable(text)), ("length", has_length(text)), ("language", is_english(text)),
+                  ("ended", ended), ("form", {"sqa": text.endswith("?"), "s2tt": text.endswith((".", "?", "!"))
+                                              and text[:1].isupper()}.get(stream, True)))
+        rows.append(dict(id=f"{stream}-{batch:04d}-{number:03d}", task=stream, text=text, response="", reference=[],
+                         ended=False, dropped=next((name for name, passed in checks if not passed), "")))
+    asked = [row for row in rows if with_answers and not row["dropped"]]
+    prompt = REQUESTS.get(stream, "").format(language=args.language)
+    before, after, _ = common.chat_parts(tokenizer, prompt)
+    prompts = [before + tokenizer(row["text"], add_special_tokens=False).input_ids + after for row in asked]
+    for row, [(answer, ended)] in zip(asked, continuations(prompts, args.max_new)):
+        row |= dict(response=answer.strip(), ended=ended, reference=[answer.strip()])
+        row["dropped"] = "" if ended and answer.strip() else "answer ended"
+        if not row["dropped"] and stream != "s2tt" and not is_speakable(row["response"]):
+            row["dropped"] = "answer speakable"
+    if stream == "sqa":
+        pairs = [(row, prompt) for row, prompt in zip(asked, prompts) if not row["dropped"]]
+        named = continuations([prompt + tokenizer(row["response"] + " In other words, the answer is:",
+                                                  add_special_tokens=False).input_ids for row, prompt in pairs], 8)
+        for (row, _), [(continuation, _)] in zip(pairs, named):
+            row["reference"] = [short_answer(row["text"], row["response"], continuation)]
+            row["dropped"] = "" if row["reference"][0] else "short answer"
+    return rows
+
+
+def read_streams(args, teacher, rank, world):
+    """Text batches of every stream, in order, until each has what its splits need; kept in data/batches/.
+
+    Where a stream stops depends on its batches alone, not on how many processes wrote them.
+    """
+    folder = args.work / "data" / "batches"
+    per_task = math.ceil(((args.n_train + args.n_valid) * POOL + args.n_test) / len(TASKS))
+    rows = []
+    for stream in (*TASKS, "words"):
+        batch, texts, useless = 0, [], 0
+        with tqdm(desc=f"write {stream}", unit="item", disable=rank > 0,
+                  total=args.n_align if stream == "words" else per_task) as bar:
+            while True:
+                if stream == "words":
+                    have = sum(map(good_for_align, keep_unlike(rows + texts)))
+                else:
+                    have = sum(not row["dropped"] for row in keep_unlike(texts))
+                bar.update(min(have, bar.total) - bar.n)
+                if have >= bar.total:
+                    break
+                useless = useless + 1 if batch and have == last else 0
+                if useless == 20:
+                    raise UserError(f"{args.teacher}: 20 batches of {stream} in a row gave no new item; the filters drop "
+                                    "all of it; choose another teacher or smaller --n-train/--n-test/--n-align")
+                last = have
+                for number in range(batch, batch + world):   # a round: one batch per process
+                    path = folder / f"{stream}-{number:04d}.jsonl"
+                    if number % world == rank and not path.exists():
+                        common.write_jsonl(path, write_texts(teacher(), stream, number, args))
+                common.barrier()
+                texts += common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl")
+                batch += 1
+        rows += texts
+    return rows
+
+
+def keep_unlike(rows):
+    """Rows whose text is no near duplicate of an earlier row's; rows without usable text are left out."""
+    rows = [row for row in rows if row["dropped"] not in ("speakable", "length", "language")]
+    return [row for row, twin in zip(rows, near_duplicates([row["text"] for row in rows])) if twin is None]
+
+
+def good_for_align(row):
+    return row["dropped"] not in ("", "form") or row["task"] == "words"
+
+
+def assign_splits(rows, args):
+    """Unlike rows -> {split: rows}: no text, nor a near duplicate of it, stands in two splits.
+
+    `train` and `valid` get POOL times what is wanted, so that the WER bound can take its share.
+    """
+    chooser = random.Random(derive_seed(args.seed, "splits"))
+    splits = {split: [] for split in common.SPLITS}
+    for task in TASKS:
+        answered = [row for row in rows if row["task"] == task and not row["dropped"]]
+        chooser.shuffle(answered)
+        for split, wanted in (("test", args.n_test), ("valid", args.n_valid * POOL), ("train", args.n_train * POOL)):
+            share = math.ceil(wanted / len(TASKS))
+            splits[split] += answered[:share]
+            answered = answered[share:]
+    spare = [row for row in rows if good_for_align(row)]
+    chooser.shuffle(spare)
+    splits["align"] = spare[:args.n_align]
+    return splits
+
+
+# ----------------------------------------------------------------------------------------------- 3: speech
+class Voices:
+    """Text -> speech of a named voice: `piper-NAME`, `kokoro-STYLE`. Deterministic (Piper's noise is off)."""
+
+    def __init__(self, spec):
+        self.names, self.weights, self.loaded = [], [], {}
+        for entry in spec.split(","):
+            name, _, weight = entry.partition("*")
+            if not name.startswith(("piper-", "kokoro-")) and not Path(name).is_file():
+                raise UserError(f"voice {name}: not piper-NAME, kokoro-STYLE or a Piper .onnx file")
+            self.names.append(name)
+            self.weights.append(int(weight or 1))
+
+    def say(self, voice, text, speed):
+        """-> ((samples,) float32 numpy, rate in Hz)."""
+        key = "kokoro" if voice.startswith("kokoro-") else voice
+        if key not in self.loaded:
+            path = Path(common.resolve(key))
+            if key == "kokoro":
+                from kokoro_onnx import Kokoro
+                self.loaded[key] = Kokoro(str(path / "kokoro.onnx"), str(path / "voices.npz"))
+            else:
+                from piper import PiperVoice
+                self.loaded[key] = PiperVoice.load(path if path.is_file() else path / "voice.onnx")
+        engine = self.loaded[key]
+        if key == "kokoro":
+            return engine.create(text, voice=voice.removeprefix("kokoro-"), speed=speed)
+        from piper import SynthesisConfig
+        quiet = SynthesisConfig(length_scale=1 / speed, noise_scale=0.0, noise_w_scale=0.0)
+        return np.concatenate([c.audio_float_array for c in engine.synthesize(text, quiet)]), engine.config.sample_rate
+
+
+def speak(voices, item):
+    """Item -> (waveform (samples,) at 16 kHz, voice, perturbation), all drawn from the item's seed.
+
+    Pitch: spoken at speed v/r and resampled by r, so that the speed heard is v. A pause or filler is spoken, but x
+    stays as the teacher wrote it.
+    """
+    rng = random.Random(item["seed"])
+    voice = rng.choices(voices.names, voices.weights)[0]
+    speed, pitch = rng.uniform(0.85, 1.2), 2 ** (rng.uniform(-2, 2) / 12)
+    kinds, weights = zip(*((c[:1] + c[2:], c[1]) for c in CONDITIONS))
+    form, *bounds = rng.choices(kinds, weights)[0]
+    condition = form.format(rng.uniform(*bounds)) if bounds else form
+    words, filler = item["text"].split(), ""
+    if rng.random() < 0.2 and len(words) > 3:
+        at, filler = rng.randrange(1, len(words) - 1), rng.choice((",", ", um,", ", uh,"))
+        words[at] = words[at].rstrip(",") + filler
+    wave, rate = voices.say(voice, " ".join(words), speed / pitch)
+    wave = torchaudio.functional.resample(torch.from_numpy(np.asarray(wave, np.float32)), int(rate * pitch) // 50 * 50, RATE)
+    wave = common.perturb(wave, condition, item["seed"]) * 0.9
+    described = f"{condition} speed:{speed:.2f} pitch:{12 * math.log2(pitch):+.1f}" + (" filler" if filler else "")
+    return wave, voice, described
+
+
+def write_speech(items, voices, asr, args):
+    """Speak a batch of items, write their wavs and transcribe all but *align* (which is too many for a CPU and needs
+    no reference): items with audio, seconds, voice, perturbation, transcript, wer."""
+    waves = []
+    for item in items:
+        wave, item["voice"], item["perturbation"] = speak(voices, item)
+        item["audio"], item["seconds"] = f"audio/{item['id']}.wav", round(len(wave) / RATE, 3)
+        common.write_atomic(args.work / "data" / item["audio"],
+                            lambda path: soundfile.write(path, wave.numpy(), RATE, "PCM_16", format="WAV"))
+        waves.append(wave)
+    heard = [i for i, item in enumerate(items) if item["split"] != "align" and item["seconds"] <= args.max_seconds]
+    texts = common.transcribe(asr(), [waves[i] for i in heard], window=min(30.0, args.max_seconds + 3))
+    for item in items:
+        item["transcript"], item["wer"] = None, None
+    for i, text in zip(heard, texts):
+        errors, words = common.word_errors(items[i]["text"], text)
+        items[i]["transcript"], items[i]["wer"] = text, round(errors / words, 4)
+    return items
+
+
+# ------------------------------------------------------------------------------------------- funnel and card
+def write_card(path, splits, funnel, args):
+    """data/card.md: what somebody needs to know before training on these files."""
+    items = [item for split in splits.values() for item in split]
+    lines = [f"# Data card\n\nWritten by 01_synthesize.py: preset `{args.preset}`, seed {args.seed}, teacher "
+             f"`{args.teacher}`. Nothing here was written, spoken or checked by a person.\n",
+             "| split | " + " | ".join(TASKS) + " | words | items | hours | words per utterance | tokens-ended answers |",
+             "|---" * (len(TASKS) + 6) + "|"]
+    for split, rows in splits.items():
+        tasks = Counter(row["task"] for row in rows)
+        mean = np.mean([len(row["text"].split()) for row in rows]) if rows else 0
+        lines.append(f"| {split} | " + " | ".join(str(tasks[t]) for t in (*TASKS, "words")) + f" | {len(rows)} | "
+                     f"{sum(row['seconds'] for row in rows) / 3600:.2f} | {mean:.1f} | {sum(row['ended'] for row in rows)} |")
+    lines += ["\n`test_all` is the test split before the WER bound, `test` after it; `align` is speech and words only.\n",
+              "## Voices\n\n| voice | utterances | hours | transcribed | WER of Whisper, before the bound |", "|---|---|---|---|---|"]
+    unique = list({item["id"]: item for item in items}.values())
+    for voice in sorted({item["voice"] for item in unique}):
+        own = [item for item in unique if item["voice"] == voice]
+        checked = [common.word_errors(item["text"], item["transcript"]) for item in own if item["transcript"] is not None]
+        wer = f"{sum(e for e, _ in checked) / max(1, sum(n for _, n in checked)):.3f}" if checked else "–"
+        lines.append(f"| {voice} | {len(own)} | {sum(i['seconds'] for i in own) / 3600:.2f} | {len(checked)} | {wer} |")
+    lines += ["\n(Voices are counted over the items kept; the WER bound has taken its share of `train` and `valid`.)\n",
+              "## Funnel\n\nSampled user turns, and what each filter in turn dropped.\n",
+              "| stream | " + " | ".join(next(iter(funnel.values()))) + " |", "|---" * (1 + len(next(iter(funnel.values())))) + "|"]
+    lines += [f"| {stream} | " + " | ".join(map(str, counts.values())) + " |" for stream, counts in funnel.items()]
+    lines += ["\n## Ten rows\n"]
+    shown = random.Random(args.seed).sample(splits["train"], min(10, len(splits["train"])))
+    lines += [f"- `{r['id']}` ({r['voice']}, {r['perturbation']}): {r['text']} → {r['response']}"
+              + (f" [{r['reference'][0]}]" if r["task"] == "sqa" else "") for r in shown]
+    common.write_text(path, "\n".join(lines) + "\n")
+    return "\n".join(lines[:lines.index("\n## Ten rows\n")])
+
+
+def main():
+    args = common.parse_args(__doc__, FLAGS)
+    for name in ("n_train", "n_valid", "n_test"):
+        if getattr(args, name) < len(TASKS):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {len(TASKS)}, one per task")
+    rank, world, device = common.setup_processes()
+    data = args.work / "data"
+    keys = ("preset", "seed", "teacher", "whisper", "voices", "language", "instruction_tokens", "max_new", "max_seconds",
+            "wer_bound", "n_align", "n_train", "n_valid", "n_test")
+    if rank == 0:
+        common.record_config(data / "config.json", {key: getattr(args, key) for key in keys})
+    common.barrier()
+    loaded = {}
+
+    def teacher():
+        if "llm" not in loaded:
+            tokenizer, llm = common.load_llm(args.teacher)
+            loaded["llm"] = tokenizer, llm.to(device), device
+        return loaded["llm"]
+
+    def asr():
+        if "asr" not in loaded:
+            loaded["asr"] = common.load_whisper(args.whisper, device)
+        return loaded["asr"]
+
+    # ---- 1, 2: instructions and answers; filters; splits
+    voices = Voices(args.voices)
+    rows = read_streams(args, teacher, rank, world)
+    heard = set() if args.init == "none" else set(common.load_checkpoint(args.init, "rba-speechlm-1")["heard"])
+    unlike = [row for row in keep_unlike(rows) if common.text_hash(row["text"]) not in heard]
+    splits = assign_splits(unlike, args)
+    items = []
+    for split, chosen in splits.items():
+        for row in chosen:
+            prompt = REQUESTS.get(row["task"], "").format(language=args.language)
+            language = args.language if row["task"] == "s2tt" else "English"
+            items.append(dict(id=row["id"], split=split, task=row["task"], language=language, text=row["text"],
+                              prompt=prompt, response=row["response"], reference=row["reference"], audio="", seconds=0.0,
+                              voice="", perturbation="", transcript=None, wer=None, ended=row["ended"],
+                              seed=derive_seed(args.seed, row["id"]), teacher=args.teacher))
+
+    # ---- 3, 4: speech and its check, in numbered batches
+    spoken = []
+    with tqdm(total=len(items), desc="speak", unit="utt", disable=rank > 0) as bar:
+        for batch, at in enumerate(range(0, len(items), SPEECH_BATCH)):
+            path = data / "batches" / f"speech-{batch:04d}.jsonl"
+            if batch % world == rank and not path.exists():
+                common.write_jsonl(path, write_speech(items[at:at + SPEECH_BATCH], voices, asr, args))
+            bar.update(min(SPEECH_BATCH, len(items) - at))
+    common.barrier()
+    if rank:
+        return
+    for batch in range(math.ceil(len(items) / SPEECH_BATCH)):
+        spoken += common.read_jsonl(data / "batches" / f"speech-{batch:04d}.jsonl")
+
+    # ---- 5: splits after the bound, funnel, card
+    too_long = [item for item in spoken if item["seconds"] > args.max_seconds]
+    spoken = [item for item in spoken if item["seconds"] <= args.max_seconds]
+    clear = [item for item in spoken if item["split"] == "align" or item["wer"] <= args.wer_bound]
+    final = {"test_all": [item for item in spoken if item["split"] == "test"]}
+    for split in common.SPLITS:
+        own = [item for item in clear if item["split"] == split]
+        wanted = {"train": args.n_train, "valid": args.n_valid}.get(split)
+        share = [item for task in TASKS for item in [i for i in own if i["task"] == task][:math.ceil(wanted / len(TASKS))]
+                 ] if wanted else own
+        final[split] = share
+    for split, own in final.items():
+        common.write_jsonl(data / f"{split}.jsonl", own)
+
+    names = {"ended": "cut", "speakable": "not speakable", "length": "length", "language": "not English", "form": "form",
+             "answer ended": "answer cut", "answer speakable": "answer not speakable", "short answer": "no short answer"}
+    kept_ids, used = {row["id"] for row in unlike}, {item["id"] for own in final.values() for item in own}
+    funnel = {}
+    for stream in (*TASKS, "words"):
+        own = [row for row in rows if row["task"] == stream]
+        usable = ("speakable", "length", "language")
+        counts = {"sampled": len(own)} | {label: sum(row["dropped"] == key for row in own) for key, label in names.items()}
+        counts["near duplicate"] = sum(row["dropped"] not in usable and row["id"] not in kept_ids for row in own)
+        counts["too long to hear"] = sum(item["task"] == stream for item in too_long)
+        counts["over the WER bound"] = sum(item["task"] == stream and item not in clear for item in spoken)
+        counts["in a split"] = sum(row["id"] in used for row in own)
+        funnel[stream] = counts
+    common.write_json(data / "funnel.json", funnel)
+    answered = [row for row in rows if row["task"] in TASKS and row["response"]]
+    print(write_card(data / "card.md", final, funnel, args))
+    print(f"answers that ended within {args.max_new} tokens: {sum(r['ended'] for r in answered)} of {len(answered)}; "
+          f"card: {data / 'card.md'}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,216 @@
+"""Stage 2: warm-up of the SpeechLM, and the distillation baselines at RBA's budget.
+
+[paper] the SpeechLM is trained on self-generated data before reinforcement learning, and compared with "conventional
+distillation". The objectives [ours], each on the teacher's own answers y_T:
+- align: CTC of the bridge against the words x, on a split of its own (our assembled SpeechLM only).
+- sft:   -log pi_theta(y_T | s, p): sequence-level distillation; with RBA's budget, from sft.pt: the baseline `sft+`.
+- kd:    sum_t KL(pi_T(. | x, p, y_T,<t) || pi_theta(. | s, p, y_T,<t)) on y_T's positions: token-level distillation.
+
+Without --objective: align.pt (from --init) -> prints the speech-text gap on train and valid -> sft.pt -> kd.pt, sft+.pt
+(both from sft.pt, with the budget of the preset's RBA run: updates x sampled responses).
+
+Reads DIR/data. Writes DIR/NAME.pt (best on valid), NAME.last.pt, NAME.config.json, logs/NAME.jsonl, gap.json.
+
+    python 02_sft_warmup.py                                       one process
+    torchrun --nproc_per_node 8 02_sft_warmup.py --preset small   one node: the same gradients
+"""
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from common import UserError, derive_seed
+
+FLAGS = {"objective": dict(help="align, sft or kd alone, from --init to --out"),
+         "init": dict(help="checkpoint to start from, or none"),
+         "out": dict(help="name of the checkpoint written with --objective"),
+         "max-steps": dict(type=int, help="updates, for every objective run"),
+         "batch-size": dict(type=int, help="utterances or sequences an update"),
+         "lr": dict(type=float, help="peak learning rate")}
+MICRO = 8                                                 # sequences a forward pass; a power of the memory at hand
+EXTRA_CLASSES = 512                                       # classes never heard, drawn anew each align step
+
+
+# -------------------------------------------------------------------------------------------------- objectives
+def align_loss(model, features, targets, heard, seed):
+    """Sum over utterances of CTC / length. `heard` (C,): the classes that occur in the data; drawing the others keeps
+    a step on a CPU several times cheaper than the whole vocabulary, and still pushes them down."""
+    generator = torch.Generator().manual_seed(seed)
+    extra = torch.randint(len(model.directions), (EXTRA_CLASSES,), generator=generator)
+    classes = torch.cat([heard, extra]).unique().to(model.device)                          # (C',) sorted
+    return model.bridge.ctc_loss(features, targets, classes, model.directions[classes]) * len(targets)
+
+
+def sft_loss(model, items, features):
+    """-sum log pi_theta(y_T | s, p) over the answers' tokens, end token included."""
+    answers = [model.answer_ids(item["response"]) for item in items]
+    prompts = model.speech_prompts(features, [item["prompt"] for item in items])
+    return -common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers)).sum()
+
+
+def kl_rows(teacher_logits, student_logits):
+    """KL(teacher || student) per row over the vocabulary both have. (rows, V_T), (rows, V_S) -> (rows,)."""
+    size = min(teacher_logits.shape[-1], student_logits.shape[-1])                         # padded sizes may differ
+    log_t = teacher_logits[:, :size].float().log_softmax(-1)                               # (rows, V)
+    log_s = student_logits[:, :size].float().log_softmax(-1)                               # (rows, V)
+    return (log_t.exp() * (log_t - log_s)).sum(-1)                                         # (rows,)
+
+
+def kd_loss(model, teacher, items, features):
+    """Sum over y_T's positions of KL(pi_T || pi_theta); only these positions of the two prompts line up."""
+    answers = [model.answer_ids(item["response"]) for item in items]
+    teacher_llm, teacher_states, _ = teacher.answer_states(items, answers)                 # (sum L, d_T)
+    prompts = model.speech_prompts(features, [item["prompt"] for item in items])
+    states, _ = common.answer_states(model.llm, prompts, answers)                          # (sum L, d_S)
+    teacher_head, head = (llm.get_output_embeddings() for llm in (teacher_llm, model.llm))
+    return common.by_chunks(lambda t, s: kl_rows(teacher_head(t), head(s)), teacher_states, states).sum()
+
+
+# -------------------------------------------------------------------------------------------------- validation
+@torch.no_grad()
+def validate(model, objective, items, features):
+    """What chooses the best checkpoint: WER of the greedy CTC path for align, NLL of y_T given s otherwise."""
+    if objective == "align":
+        errors = words = 0
+        for item, feature in zip(items, features):
+            e, _ = model.bridge([feature])
+            labels = model.bridge.logits(e[0], model.directions).argmax(-1)                # (T,)
+            heard = labels.unique_consecutive()
+            n_errors, n_words = common.word_errors(item["text"], model.tokenizer.decode((heard[heard > 0] - 1).tolist()))
+            errors, words = errors + n_errors, words + n_words
+        return {"valid_wer": errors / words}
+    sums = common.answer_nll(model, items, features).sum(0)
+    return {"valid_nll": float(sums[0] / sums[1])}
+
+
+def speech_text_gap(model, work, splits, limit=64):
+    """NLL(y_T | s) - NLL(y_T | x) per token on both splits; they must agree before SFT, or align has memorised train."""
+    report = {}
+    for split, (items, features) in splits.items():
+        speech, text = common.answer_nll(model, items[:limit], features[:limit]), common.answer_nll(model, items[:limit])
+        columns = np.stack([speech[:, 0], text[:, 0], text[:, 1]], 1)                      # sums over tokens, tokens
+        gap = common.bootstrap(columns, lambda s, n: (s[..., 0] - s[..., 1]) / s[..., 2])
+        report[split] = {"items": len(columns), "nll_speech": speech[:, 0].sum() / speech[:, 1].sum(),
+                         "nll_text": text[:, 0].sum() / text[:, 1].sum(), "gap": gap[0], "interval": gap[1:]}
+    a, b = report["train"]["interval"], report["valid"]["interval"]
+    report["agree"] = bool(a[0] <= b[1] and b[0] <= a[1])
+    common.write_json(work / "gap.json", report)
+    for split in splits:
+        r = report[split]
+        print(f"speech-text gap before SFT, {split} ({r['items']} items): NLL {r['nll_speech']:.3f} given speech, "
+              f"{r['nll_text']:.3f} given text, gap {r['gap']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]")
+    if not report["agree"]:
+        print("warning: the two intervals do not overlap: align has seen train, or the splits differ")
+
+
+# -------------------------------------------------------------------------------------------------- training
+def train(model, name, objective, init, steps, batch_size, lr, data, args, rank, world, teacher=None):
+    """One objective from `init` (a checkpoint's path or none) to DIR/NAME.pt; resumes from NAME.resume.pt."""
+    work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
+    items, features = data["align" if objective == "align" else "train"]
+    if not items:
+        raise UserError(f"{work / 'data'}: no items to train {name} on; run 01_synthesize.py with larger --n-align, --n-train")
+    if batch_size > len(items):
+        raise UserError(f"--batch-size {batch_size}: larger than the {len(items)} items of {name}'s split")
+    facts = dict(objective=objective, init=str(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
+                 data=common.fingerprint(work / "data" / ("align.jsonl" if objective == "align" else "train.jsonl")))
+    if rank == 0:
+        common.record_config(work / f"{name}.config.json", model.config | facts)
+    common.barrier()
+    if (work / f"{name}.last.pt").exists():
+        print(f"{name}: done already ({work / name}.pt)")
+        return
+    parent = model.load(init)
+    parameters = [p for n, p in model.trainable().items() if objective != "align" or n.startswith("bridge.")]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01 if objective == "align" else 0.0)
+    first, best = common.load_resume(resume, model, optimizer, log)
+    texts = [model.tokenizer(item["text"], add_special_tokens=False).input_ids for item in items]
+    tokens = torch.tensor(sorted({t for text in texts for t in text}))
+    lengths = [len(model.answer_ids(item["response"])) for item in items]
+    known = set(parent.get("heard", []))                  # texts the bridge was trained on: 01 keeps them out of every split
+    if objective == "align":
+        known |= {common.text_hash(item["text"]) for item in items}
+    facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=sorted(known))
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="update", disable=rank > 0)
+    for step in bar:
+        started = time.time()
+        batch = common.batch_at(len(items), batch_size, step, args.seed, objective == "align", str(init))
+        scale = len(batch) if objective == "align" else sum(lengths[i] for i in batch)     # global, so that sums add up
+        mine, total = sorted(batch[rank::world], key=lambda i: len(features[i])), 0.0
+        for at in range(0, len(mine), MICRO if objective != "align" else batch_size):
+            chunk = mine[at:at + (MICRO if objective != "align" else batch_size)]
+            rows, sounds = [items[i] for i in chunk], [features[i] for i in chunk]
+            with common.autocast(model.device) if objective != "align" else torch.enable_grad():
+                if objective == "align":
+                    loss = align_loss(model, sounds, [texts[i] for i in chunk], tokens,
+                                      derive_seed(args.seed, "classes", step))
+                elif objective == "sft":
+                    loss = sft_loss(model, rows, sounds)
+                else:
+                    loss = kd_loss(model, teacher, rows, sounds)
+                loss = loss / scale
+            loss.backward()
+            total += float(loss)
+        rate = common.learning_rate(step, steps, lr)
+        norm = common.optimizer_step(model, optimizer, rate)
+        total = sum(common.gather([total]))
+        row = dict(step=step, loss=total, lr=rate, grad_norm=norm, seconds=round(time.time() - started, 3))
+        if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
+            row |= validate(model, objective, *data["valid"])
+            score = row.get("valid_wer", row.get("valid_nll"))
+            if rank == 0 and (best is None or score < best):
+                model.save(work / f"{name}.pt", **facts, metrics={k: v for k, v in row.items() if k.startswith("valid")})
+            best = score if best is None else min(best, score)
+            if rank == 0:
+                common.append_jsonl(log, row)
+                common.save_resume(resume, model, optimizer, step + 1, best)
+                tqdm.write(f"{name} {step + 1}/{steps}: loss {total:.3f}, "
+                           + ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k.startswith("valid")))
+        elif rank == 0:
+            common.append_jsonl(log, row)
+        bar.set_postfix(loss=f"{total:.3f}")
+    if rank == 0:
+        model.save(work / f"{name}.last.pt", **facts, metrics={"valid": best})
+        resume.unlink(missing_ok=True)
+    common.barrier()
+
+
+def main():
+    args = common.parse_args(__doc__, FLAGS)
+    if args.objective not in (None, "align", "sft", "kd"):
+        raise UserError(f"--objective {args.objective}: not one of align, sft, kd")
+    if args.out and not args.objective:
+        raise UserError("--out names the result of one --objective; without --objective the names are fixed")
+    rank, world, device = common.setup_processes()
+    splits = {split: common.read_items(args.work, split, minimum) for split, minimum in
+              (("align", 0), ("train", 3), ("valid", 3))}
+    model = common.SpeechLM(vars(args), device)
+    data = {split: (items, common.speech_features(model, args.work, split, items, rank=rank))
+            for split, items in splits.items()}
+
+    def go(name, objective, init, **numbers):
+        flags = {"max_steps": "steps", "batch_size": "batch_size", "lr": "lr"}
+        numbers |= {own: args.given[flag] for flag, own in flags.items() if flag in args.given}
+        teacher = common.Teacher(model, args.teacher) if objective == "kd" else None
+        train(model, name, objective, init, data=data, args=args, rank=rank, world=world, teacher=teacher, **numbers)
+
+    budget = dict(steps=args.rl_steps, batch_size=args.rl_prompts * args.k, lr=args.rl_lr)   # RBA's updates x responses
+    align = dict(steps=args.align_steps, batch_size=args.align_batch, lr=args.align_lr)
+    sft = dict(steps=args.sft_steps, batch_size=args.batch_size, lr=args.lr)
+    if args.objective:
+        go(args.out or args.objective, args.objective, args.init, **(align if args.objective == "align" else sft))
+        return
+    go("align", "align", args.init, **align)
+    model.load(args.work / "align.pt")
+    if rank == 0 and not (args.work / "gap.json").exists():
+        speech_text_gap(model, args.work, {split: data[split] for split in ("train", "valid")})
+    common.barrier()
+    go("sft", "sft", args.work / "align.pt", **sft)
+    go("kd", "kd", args.work / "sft.pt", **budget)
+    go("sft+", "sft", args.work / "sft.pt", **budget)
+
+
+if __name__ == "__main__":
+    common.run(main)

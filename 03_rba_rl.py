@@ -1,0 +1,369 @@
+"""Stage 3: reinforced behaviour alignment, the SpeechLM against its teacher (RBA, step 2).
+
+[paper] the SpeechLM is aligned to the teacher's behaviour by reinforcement learning; [summary] a pre-trained reward
+model judges its answers. Everything else is [ours]:
+1. K answers y_k ~ pi_theta(. | s, p) at T = 1 without truncation; the audio is encoded and prefilled once per prompt.
+2. Sequence rewards R_j: `rm`, a pre-trained reward model on the gold text [summary]; `semantic`, cosine of the
+   embeddings of y and y_T; `logp`, mean log pi_T(y_t | x, p, y_<t); `task`, token F1 with the short answer (sqa),
+   sentence chrF with the translation (s2tt).
+3. Token reward r_k,t = log pi_T(y_k,t | x, p, y_k,<t) - log pi_theta(y_k,t | s, p, y_k,<t): on-policy distillation.
+4. A_k,t = sum_j w_j (R_j,k - b_j,k) / sigma_j + w_tok r_k,t - beta sum_{t' >= t} (log pi_theta - log pi_ref)(y_k,t'),
+   detached; b the mean of the prompt's other samples (`loo`) or the greedy answer's reward (`greedy`); sigma_j over the
+   batch (GDPO, arXiv 2601.05242), not the group (Dr. GRPO, 2503.20783); k1 in the reward (2510.01555).
+5. Loss = -sum_k,t A_k,t log pi_theta(y_k,t) / (N K L_max). One update per fresh batch: the ratio is 1, the loss near 0.
+6. A truncated sample has no sequence reward, is left out of `loo`; groups with fewer than two left are skipped.
+
+Names: `rba` sequence rewards, `opd` token reward alone, `rba+opd` both. Without flags: rba, then opd.
+Reads DIR/data, DIR/sft.pt. Writes DIR/NAME.pt, NAME.config.json, logs/NAME.jsonl, plots/NAME.png.
+
+    python 03_rba_rl.py                                       one process
+    torchrun --nproc_per_node 8 03_rba_rl.py --preset small   one node
+"""
+import json
+import math
+import re
+import time
+from collections import Counter
+
+import sacrebleu
+import torch
+from tqdm import tqdm
+
+import common
+from common import UserError, derive_seed
+
+FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,task=1, or none"),
+         "token-reward": dict(type=float, help="weight w_tok of on-policy distillation"),
+         "baseline": dict(help="loo or greedy"), "k": dict(type=int, help="samples per prompt"),
+         "beta": dict(type=float, help="weight of the KL to the warm-up"),
+         "init": dict(help="checkpoint to start from (default DIR/sft.pt)"), "out": dict(help="name of the result"),
+         "max-steps": dict(type=int, help="updates"), "batch-size": dict(type=int, help="prompts an update"),
+         "lr": dict(type=float, help="peak learning rate")}
+REWARDS = ("rm", "semantic", "logp", "task")
+MICRO = 8                                                 # sequences a forward pass
+
+
+# ------------------------------------------------------------------------------------------------------ rewards
+def token_f1(answer, reference):
+    """F1 of the words two texts share, after Whisper's English normaliser. [ours]"""
+    said, wanted = (common.normalise(text).split() for text in (answer, reference))
+    shared = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
+
+
+def task_reward(item, answer):
+    """Token F1 (best alias) for sqa, sentence chrF / 100 for s2tt, none (NaN) for instruct. arXiv 2509.16990 used BLEU."""
+    if item["task"] == "sqa":
+        return max(token_f1(answer, reference) for reference in item["reference"])
+    if item["task"] == "s2tt":
+        return sacrebleu.sentence_chrf(answer, item["reference"]).score / 100
+    return math.nan
+
+
+class RewardModel:
+    """`rm`: a sequence-classification reward model with its own chat template, reading the gold text. [summary]"""
+
+    def __init__(self, name, device):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        if name == "none":
+            raise UserError("the rm reward needs a reward model; this preset names none: use --preset paper, or other rewards")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=common.native_dtype(), num_labels=1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: no reward model ({str(error).splitlines()[0][:120]})") from None
+        self.model.to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, items, answers):
+        scores = []
+        for item, answer in zip(items, answers):
+            said = item["text"] + (f"\n{item['prompt']}" if item["prompt"] else "")
+            ids = self.tokenizer.apply_chat_template([{"role": "user", "content": said},
+                                                      {"role": "assistant", "content": answer}], return_tensors="pt",
+                                                     return_dict=True).to(self.model.device)
+            scores.append(float(self.model(**ids).logits[0, 0]))
+        return scores
+
+
+class Rewards:
+    """The sequence rewards named in `weights`, each (items, answers, answer ids) -> list of floats (NaN: not defined)."""
+
+    def __init__(self, weights, model, teacher, args):
+        self.names, self.model, self.teacher = list(weights), model, teacher
+        self.embed = common.Embedder(args.embedder, model.device) if "semantic" in weights else None
+        self.rm = RewardModel(args.reward_model, model.device) if "rm" in weights else None
+
+    def __call__(self, items, answers, ids):
+        out = {}
+        for name in self.names:
+            if name == "semantic":
+                both = self.embed([*answers, *(item["response"] for item in items)])
+                values = (both[:len(items)] * both[len(items):]).sum(-1).tolist()
+            elif name == "task":
+                values = [task_reward(item, answer) for item, answer in zip(items, answers)]
+            elif name == "rm":
+                values = self.rm(items, answers)
+            else:
+                values = [float(part.mean()) for part in teacher_log_probs(self.model, self.teacher, items, ids)]
+            if len(values) != len(items):
+                raise UserError(f"reward {name} gave {len(values)} values for {len(items)} answers")
+            bad = [item["id"] for item, value in zip(items, values)
+                   if not math.isfinite(value) and not (name == "task" and item["task"] == "instruct")]
+            if bad:
+                raise UserError(f"reward {name} is not a finite number for item {bad[0]}")
+            out[name] = values
+        return out
+
+
+@torch.no_grad()
+def teacher_log_probs(model, teacher, items, answers):
+    """log pi_T(y_t | x, p, y_<t): list of (L_i,) float32."""
+    with common.autocast(model.device):
+        llm, states, ids = teacher.answer_states(items, answers)
+        if teacher.llm:
+            flat = common.token_log_probs(llm, states, ids)
+        else:
+            with model.as_text_llm():
+                flat = common.token_log_probs(llm, states, ids)
+    return flat.split([len(y) for y in answers])
+
+
+# ----------------------------------------------------------------------------------------- advantage and loss
+def sequence_advantages(rewards, ended, weights, greedy=None):
+    """sum_j w_j (R_j,k - b_j,k) / sigma_j, the sequence part of the advantage.
+
+    rewards {j: (N, K) float64, NaN where not defined}; ended (N, K) bool; greedy {j: (N,)} rewards of the greedy
+    answers for the `greedy` baseline, None for `loo`. A truncated sample takes no part: its advantage is 0, and it is
+    no baseline for the others; with `loo`, a group with fewer than two left is skipped. sigma_j: standard deviation
+    (over n) of R_j over all samples of the batch that take part; a reward without spread adds nothing.
+    Returns (N, K) float64, {j: (groups skipped, groups without spread)}.
+    """
+    total, counts = torch.zeros(ended.shape, dtype=torch.float64), {}
+    for name, weight in weights.items():
+        reward = rewards[name].double()                                                    # (N, K)
+        valid = ended & reward.isfinite()                                                  # (N, K)
+        value = torch.where(valid, reward, 0.0)
+        n = valid.sum(1, keepdim=True)                                                     # (N, 1)
+        if greedy is None:
+            baseline = (value.sum(1, keepdim=True) - value) / (n - 1).clamp(min=1)         # (N, K) mean of the others
+            used = valid & (n >= 2)
+        else:
+            baseline, used = greedy[name].double()[:, None], valid & greedy[name].isfinite()[:, None]
+        if used.any():
+            sigma = reward[used].std(correction=0)
+            if sigma > 1e-8:
+                total += torch.where(used, weight * (value - baseline) / sigma, 0.0)
+        low, high = (torch.where(valid, reward, fill) for fill in (math.inf, -math.inf))
+        applies = reward.isfinite().any(1)                                                 # (N,) rewards not of this task apart
+        counts[name] = (int((applies & ~used.any(1)).sum()),
+                        int((applies & used.any(1) & ((high.amax(1) - low.amin(1)) < 1e-8)).sum()))
+    return total, counts
+
+
+def token_advantages(sequence, log_probs, teacher=None, reference=None, token_weight=0.0, beta=0.0):
+    """A_t of one sample: its sequence advantage + w_tok r_t - beta * (k1 from t to the end). All (L,), detached."""
+    log_probs = log_probs.detach()                                                         # (L,)
+    advantage = torch.full_like(log_probs, float(sequence))                                # (L,)
+    if token_weight:
+        advantage += token_weight * (teacher - log_probs)                                  # r_t, not centred, not scaled
+    if beta:
+        advantage -= beta * (log_probs - reference).flip(0).cumsum(0).flip(0)              # sum over t' >= t
+    return advantage
+
+
+def policy_loss(log_probs, advantages, n, k, l_max):
+    """-sum_k,t A_k,t log pi_theta(y_k,t) / (N K L_max): a constant divisor, so that micro-batches and processes add up."""
+    return -sum((a * lp).sum() for a, lp in zip(advantages, log_probs)) / (n * k * l_max)
+
+
+# ----------------------------------------------------------------------------------------------------- rollout
+def rollout(model, items, features, args, name, step):
+    """K samples per prompt (and the greedy answer, if it is the baseline), speech heard once per prompt.
+
+    -> samples: N lists of K (ids, ended), greedy: N (ids, ended) or None.
+    """
+    seeds = [[derive_seed(args.seed, name, step, item["id"], k) for k in range(args.k)] for item in items]
+    with torch.no_grad(), common.autocast(model.device):
+        prompts = model.speech_prompts(features, [item["prompt"] for item in items])
+        samples = common.sample(model.llm, prompts, model.end_id, args.max_new, seeds)
+        greedy = common.sample(model.llm, prompts, model.end_id, args.max_new) if args.baseline == "greedy" else None
+    return samples, greedy and [replies[0] for replies in greedy]
+
+
+# ---------------------------------------------------------------------------------------------------- training
+def train(model, teacher, name, weights, token_weight, init, data, args, rank, world):
+    """One RL run from `init` to DIR/NAME.pt; resumes from NAME.resume.pt."""
+    work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
+    (items, features), steps, k = data, args.rl_steps, args.k
+    n = min(args.rl_prompts, len(items))
+    facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
+                 init=str(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new, seed=args.seed,
+                 data=common.fingerprint(work / "data" / "train.jsonl"))
+    if rank == 0:
+        common.record_config(work / f"{name}.config.json", model.config | facts)
+    common.barrier()
+    if (work / f"{name}.pt").exists():
+        print(f"{name}: done already ({work / name}.pt)")
+        return
+    parent = model.load(init)
+    model.freeze_reference()                              # pi_ref is the warm-up checkpoint
+    rewards = Rewards(weights, model, teacher, args)
+    optimizer = torch.optim.AdamW(list(model.trainable().values()), lr=args.rl_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    first, _ = common.load_resume(resume, model, optimizer, log)
+    facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=parent.get("heard", []))
+    l_max = args.max_new + 1                              # with the end token
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="update", disable=rank > 0)
+    for step in bar:
+        started = time.time()
+        # ---- rollout
+        batch = common.batch_at(len(items), n, step, args.seed, "rl", str(init))
+        mine = sorted(batch[rank::world], key=lambda i: len(features[i]))
+        rows, sounds = [items[i] for i in mine], [features[i] for i in mine]
+        samples, greedy = rollout(model, rows, sounds, args, name, step) if mine else ([], None)
+        rollout_seconds = time.time() - started
+        # ---- rewards: the samples', the greedy answers', the teacher's own
+        flat = [sample for replies in samples for sample in replies]                       # (N K) prompt by prompt
+        answers = [ids + [model.end_id] * ended for ids, ended in flat]
+        texts = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in flat]
+        repeated = [row for row in rows for _ in range(k)]
+        scores = rewards(repeated, texts, answers)
+        own = rewards(rows, [row["response"] for row in rows], [model.answer_ids(row["response"]) for row in rows])
+        if greedy:
+            greedy = rewards(rows, [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in greedy],
+                             [ids + [model.end_id] * ended for ids, ended in greedy])
+        # ---- advantage: sigma_j is the whole batch's, so the rewards of all processes are gathered
+        everyone = common.gather([(rank, [[scores[j][i * k:(i + 1) * k] for j in weights] for i in range(len(rows))],
+                                   [[ended for _, ended in replies] for replies in samples],
+                                   [[greedy[j][i] for j in weights] for i in range(len(rows))] if greedy else None)])
+        ended = torch.tensor([row for part in everyone for row in part[2]])                # (N, K)
+        stacked = torch.tensor([row for part in everyone for row in part[1]], dtype=torch.float64).reshape(n, -1, k)
+        by_name = {j: stacked[:, at] for at, j in enumerate(weights)}                      # {j: (N, K)}
+        base = {j: torch.tensor([row[at] for part in everyone for row in part[3]]) for at, j in enumerate(weights)
+                } if args.baseline == "greedy" and weights else None
+        advantage, counts = sequence_advantages(by_name, ended, weights, base)             # (N, K)
+        offset = sum(len(part[1]) for part in everyone if part[0] < rank)
+        # ---- loss, prompt by prompt: the speech is heard once, its K samples share the vectors
+        kl = entropy = gap = total = 0.0
+        for at in range(0, len(rows), max(1, MICRO // k)):
+            chunk = range(at, min(at + max(1, MICRO // k), len(rows)))
+            owners = [i for i in chunk for _ in range(k)]
+            some = [answers[i * k + j] for i in chunk for j in range(k)]
+            sizes, requests = [len(y) for y in some], [rows[i]["prompt"] for i in chunk]
+            with common.autocast(model.device):
+                with torch.no_grad(), model.as_reference():
+                    prompts = model.speech_prompts([sounds[i] for i in chunk], requests)
+                    states = common.answer_states(model.llm, [prompts[i - at] for i in owners], some)
+                    reference = common.token_log_probs(model.llm, *states).split(sizes)
+                taught = teacher_log_probs(model, teacher, [rows[i] for i in owners], some) if teacher else [None] * len(some)
+                prompts = model.speech_prompts([sounds[i] for i in chunk], requests)
+                states = common.answer_states(model.llm, [prompts[i - at] for i in owners], some)
+                log_probs = common.token_log_probs(model.llm, *states).split(sizes)        # K per prompt, each (L,)
+                advantages = [token_advantages(advantage[offset + i, j], lp, t, r, token_weight, args.beta)
+                              for (i, j), lp, t, r in zip(((i, j) for i in chunk for j in range(k)), log_probs, taught, reference)]
+                loss = policy_loss(log_probs, advantages, n, k, l_max)
+            loss.backward()
+            total += float(loss)
+            kl += sum(float((lp.detach() - r).sum()) for lp, r in zip(log_probs, reference))
+            entropy -= sum(float(lp.detach().sum()) for lp in log_probs)
+            gap += sum(float((t - lp.detach()).sum()) for lp, t in zip(log_probs, taught)) if teacher else 0.0
+        update_seconds = time.time() - started - rollout_seconds
+        norm = common.optimizer_step(model, optimizer, common.learning_rate(step, steps, args.rl_lr))
+        # ---- log
+        tokens = sum(map(len, answers))
+        sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, tokens)]))]
+        parts = common.gather([(own, [len(rows)])])
+        row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k), entropy=sums[2] / sums[4],
+                   tokens=sums[4] / (n * k), truncated=1 - float(ended.double().mean()),
+                   rollout_seconds=round(rollout_seconds, 2), update_seconds=round(update_seconds, 2),
+                   tokens_per_second=round(sums[4] / (time.time() - started), 1))
+        if teacher:
+            row["token_reward"] = sums[3] / sums[4]       # mean of log pi_T - log pi_theta: minus the reverse KL
+        for j in weights:
+            valid = by_name[j][ended & by_name[j].isfinite()]
+            taught_own = [v for part, _ in parts for v in part[j] if math.isfinite(v)]
+            row[j] = dict(mean=float(valid.mean()) if len(valid) else None, std=float(valid.std(correction=0)) if len(valid)
+                          else None, teacher=sum(taught_own) / max(1, len(taught_own)), groups_skipped=counts[j][0] / n,
+                          groups_without_spread=counts[j][1] / n)
+        if rank == 0:
+            row["sample"] = dict(id=repeated[0]["id"], text=repeated[0]["text"], prompt=repeated[0]["prompt"],
+                                 answer=texts[0], ended=flat[0][1], rewards={j: scores[j][0] for j in weights})
+            row["sample"]["rewards"] = {j: v if math.isfinite(v) else None for j, v in row["sample"]["rewards"].items()}
+            common.append_jsonl(log, row)
+            if (step + 1) % max(1, steps // 4) == 0:
+                tqdm.write(f"{name} {step + 1}/{steps}: {json.dumps(row['sample'], ensure_ascii=False)[:240]}")
+            if (step + 1) % max(1, min(10, steps // 4)) == 0 and step + 1 < steps:
+                common.save_resume(resume, model, optimizer, step + 1, None)
+        shown = {j: f"{row[j]['mean']:.3f}" for j in weights if row[j]["mean"] is not None}
+        bar.set_postfix(shown | ({"token": f"{row['token_reward']:.3f}"} if teacher else {}), tokens=f"{row['tokens']:.0f}")
+    if rank == 0:
+        last = {j: row[j]["mean"] for j in weights} if steps > first else {}
+        model.save(work / f"{name}.pt", **facts, metrics=last)
+        resume.unlink(missing_ok=True)
+        plot(common.read_jsonl(log), weights, work / "plots" / f"{name}.png", name)
+    common.barrier()
+
+
+def plot(rows, weights, path, name):
+    """Curves of the run: each reward with the teacher's own, the token reward, KL to the warm-up, length."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels = [*weights, *(["token_reward"] if "token_reward" in rows[0] else []), "kl", "tokens"]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        steps = [row["step"] + 1 for row in rows]
+        if panel in weights:
+            axis.plot(steps, [row[panel]["mean"] for row in rows], "k-o", ms=3, label="samples")
+            axis.plot(steps, [row[panel]["teacher"] for row in rows], "k--", label="teacher")
+            axis.legend(fontsize=7)
+        else:
+            axis.plot(steps, [row[panel] for row in rows], "k-o", ms=3)
+        axis.set(title={"token_reward": "log π_T − log π_θ", "kl": "KL to the warm-up", "tokens": "tokens per answer"
+                        }.get(panel, f"reward {panel}"), xlabel="update")
+    figure.suptitle(name)
+    figure.tight_layout()
+    common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    pyplot.close(figure)
+
+
+def parse_rewards(text):
+    """"semantic=1,task=1" -> {"semantic": 1.0, "task": 1.0}; "none" -> {}."""
+    weights = {}
+    for entry in filter(None, text.split(",")) if text != "none" else ():
+        name, _, value = entry.partition("=")
+        if name not in REWARDS or not re.fullmatch(r"\d*\.?\d+", value or "1"):
+            raise UserError(f"--rewards {entry}: not NAME=WEIGHT with NAME one of {', '.join(REWARDS)}")
+        weights[name] = float(value or 1)
+    return weights
+
+
+def main():
+    args = common.parse_args(__doc__, FLAGS)
+    for flag, key in (("max_steps", "rl_steps"), ("batch_size", "rl_prompts"), ("lr", "rl_lr")):
+        if flag in args.given:
+            setattr(args, key, args.given[flag])
+    weights, token_weight = parse_rewards(args.rewards), args.token_reward or 0.0
+    if args.baseline not in ("loo", "greedy"):
+        raise UserError(f"--baseline {args.baseline}: not one of loo, greedy")
+    if args.k < (2 if args.baseline == "loo" and weights else 1):
+        raise UserError(f"--k {args.k}: the loo baseline needs at least 2 samples per prompt; use --k 2 or --baseline greedy")
+    if not weights and not token_weight:
+        raise UserError("no reward: give --rewards, --token-reward or both")
+    runs = [("rba", weights, 0.0), ("opd", {}, 1.0)]
+    if {"rewards", "token_reward", "baseline", "k", "beta", "init", "out"} & args.given.keys():
+        name = ("rba+opd" if weights else "opd") if token_weight else "rba"
+        runs = [(args.out or name, weights, token_weight)]
+    rank, world, device = common.setup_processes()
+    init = args.given.get("init", args.work / "sft.pt")
+    items = common.read_items(args.work, "train", 1)
+    common.load_checkpoint(init, "rba-speechlm-1")        # before the models are loaded: it may be missing
+    model = common.SpeechLM(vars(args), device)
+    data = items, common.speech_features(model, args.work, "train", items, rank=rank)
+    for name, weights, token_weight in runs:
+        teacher = common.Teacher(model, args.teacher) if token_weight or "logp" in weights else None
+        train(model, teacher, name, weights, token_weight, init, data, args, rank, world)
+
+
+if __name__ == "__main__":
+    common.run(main)

