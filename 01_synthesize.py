@@ -17,7 +17,6 @@ The unit of work is a numbered batch seeded by (seed, stream, batch): kills and 
     python 01_synthesize.py                                       one process
     torchrun --nproc_per_node 8 01_synthesize.py --preset small   one node
 """
-import json
 import math
 import random
 import re
@@ -174,7 +173,7 @@ def read_streams(args, teacher, rank, world):
     per_task = math.ceil(((args.n_train + args.n_valid) * POOL + args.n_test) / len(TASKS))
     rows = []
     for stream in (*TASKS, "words"):
-        batch, texts, useless = 0, [], 0
+        batch, texts, useless, last = 0, [], 0, None
         with tqdm(desc=f"write {stream}", unit="item", disable=rank > 0,
                   total=args.n_align if stream == "words" else per_task) as bar:
             while True:
@@ -185,16 +184,16 @@ def read_streams(args, teacher, rank, world):
                 bar.update(min(have, bar.total) - bar.n)
                 if have >= bar.total:
                     break
-                useless = useless + 1 if batch and have == last else 0
+                useless = useless + 1 if have == last else 0
                 if useless == 20:
                     raise UserError(f"{args.teacher}: 20 batches of {stream} in a row gave no new item; the filters drop "
                                     "all of it; choose another teacher or smaller --n-train/--n-test/--n-align")
                 last = have
-                for number in range(batch, batch + world):   # a round: one batch per process
-                    path = folder / f"{stream}-{number:04d}.jsonl"
-                    if number % world == rank and not path.exists():
-                        common.write_jsonl(path, write_texts(teacher(), stream, number, args))
-                common.barrier()
+                if batch % world == 0:                    # a round: one batch per process
+                    path = folder / f"{stream}-{batch + rank:04d}.jsonl"
+                    if not path.exists():
+                        common.write_jsonl(path, write_texts(teacher(), stream, batch + rank, args))
+                    common.barrier()
                 texts += common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl")
                 batch += 1
         rows += texts

@@ -70,6 +70,24 @@ def kd_loss(model, teacher, items, features):
 
 # -------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
+def answer_nll(model, items, features=None, batch_size=16):
+    """NLL of y_T per item, (N, 2): sum over its tokens, number of tokens; given the speech, or the text if `features`
+    is None."""
+    rows = []
+    with common.autocast(model.device):
+        for at in range(0, len(items), batch_size):
+            chunk = items[at:at + batch_size]
+            answers = [model.answer_ids(item["response"]) for item in chunk]
+            if features is None:
+                log_probs = common.token_log_probs(*common.Teacher(model, model.config["student"]).answer_states(chunk, answers))
+            else:
+                prompts = model.speech_prompts(features[at:at + batch_size], [item["prompt"] for item in chunk])
+                log_probs = common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers))
+            rows += [[-float(part.sum()), len(part)] for part in log_probs.split([len(y) for y in answers])]
+    return np.array(rows)
+
+
+@torch.no_grad()
 def validate(model, objective, items, features):
     """What chooses the best checkpoint: WER of the greedy CTC path for align, NLL of y_T given s otherwise."""
     if objective == "align":
@@ -81,7 +99,7 @@ def validate(model, objective, items, features):
             n_errors, n_words = common.word_errors(item["text"], model.tokenizer.decode((heard[heard > 0] - 1).tolist()))
             errors, words = errors + n_errors, words + n_words
         return {"valid_wer": errors / words}
-    sums = common.answer_nll(model, items, features).sum(0)
+    sums = answer_nll(model, items, features).sum(0)
     return {"valid_nll": float(sums[0] / sums[1])}
 
 
@@ -89,7 +107,7 @@ def speech_text_gap(model, work, splits, limit=64):
     """NLL(y_T | s) - NLL(y_T | x) per token on both splits; they must agree before SFT, or align has memorised train."""
     report = {}
     for split, (items, features) in splits.items():
-        speech, text = common.answer_nll(model, items[:limit], features[:limit]), common.answer_nll(model, items[:limit])
+        speech, text = answer_nll(model, items[:limit], features[:limit]), answer_nll(model, items[:limit])
         columns = np.stack([speech[:, 0], text[:, 0], text[:, 1]], 1)                      # sums over tokens, tokens
         gap = common.bootstrap(columns, lambda s, n: (s[..., 0] - s[..., 1]) / s[..., 2])
         report[split] = {"items": len(columns), "nll_speech": speech[:, 0].sum() / speech[:, 1].sum(),
@@ -133,6 +151,21 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     if objective == "align":
         known |= {common.text_hash(item["text"]) for item in items}
     facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=sorted(known))
+
+    def validated(row, step):
+        """Add the validation to a log row; keep the checkpoint if it is the best so far; write what a kill needs."""
+        nonlocal best
+        row |= validate(model, objective, *data["valid"])
+        [(metric, score)] = [(k, v) for k, v in row.items() if k.startswith("valid")]
+        if rank == 0:
+            if best is None or score < best:
+                model.save(work / f"{name}.pt", **facts, metrics={metric: score, "step": step})
+            tqdm.write(f"{name} {step}/{steps}: " + (f"loss {row['loss']:.3f}, " if "loss" in row else "") + f"{metric} {score:.3f}")
+        best = score if best is None else min(best, score)
+        return row
+
+    if first == 0 and best is None:
+        validated({}, 0)                                  # the start takes part: training may not make it worse
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="update", disable=rank > 0)
     for step in bar:
         started = time.time()
@@ -158,18 +191,11 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         total = sum(common.gather([total]))
         row = dict(step=step, loss=total, lr=rate, grad_norm=norm, seconds=round(time.time() - started, 3))
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
-            row |= validate(model, objective, *data["valid"])
-            score = row.get("valid_wer", row.get("valid_nll"))
-            if rank == 0 and (best is None or score < best):
-                model.save(work / f"{name}.pt", **facts, metrics={k: v for k, v in row.items() if k.startswith("valid")})
-            best = score if best is None else min(best, score)
-            if rank == 0:
-                common.append_jsonl(log, row)
-                common.save_resume(resume, model, optimizer, step + 1, best)
-                tqdm.write(f"{name} {step + 1}/{steps}: loss {total:.3f}, "
-                           + ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k.startswith("valid")))
-        elif rank == 0:
+            row = validated(row, step + 1)
+        if rank == 0:
             common.append_jsonl(log, row)
+            if any(key.startswith("valid") for key in row):
+                common.save_resume(resume, model, optimizer, step + 1, best)
         bar.set_postfix(loss=f"{total:.3f}")
     if rank == 0:
         model.save(work / f"{name}.last.pt", **facts, metrics={"valid": best})
@@ -187,7 +213,7 @@ def main():
     splits = {split: common.read_items(args.work, split, minimum) for split, minimum in
               (("align", 0), ("train", 3), ("valid", 3))}
     model = common.SpeechLM(vars(args), device)
-    data = {split: (items, common.speech_features(model, args.work, split, items, rank=rank))
+    data = {split: (items, common.speech_features(model, args.work, args.work / "data" / f"{split}.jsonl", items, rank=rank))
             for split, items in splits.items()}
 
     def go(name, objective, init, **numbers):

@@ -96,7 +96,7 @@ class Rewards:
 
     def __call__(self, items, answers, ids):
         out = {}
-        for name in self.names:
+        for name in self.names if items else ():
             if name == "semantic":
                 both = self.embed([*answers, *(item["response"] for item in items)])
                 values = (both[:len(items)] * both[len(items):]).sum(-1).tolist()
@@ -113,20 +113,14 @@ class Rewards:
             if bad:
                 raise UserError(f"reward {name} is not a finite number for item {bad[0]}")
             out[name] = values
-        return out
+        return out or {name: [] for name in self.names}
 
 
 @torch.no_grad()
 def teacher_log_probs(model, teacher, items, answers):
     """log pi_T(y_t | x, p, y_<t): list of (L_i,) float32."""
     with common.autocast(model.device):
-        llm, states, ids = teacher.answer_states(items, answers)
-        if teacher.llm:
-            flat = common.token_log_probs(llm, states, ids)
-        else:
-            with model.as_text_llm():
-                flat = common.token_log_probs(llm, states, ids)
-    return flat.split([len(y) for y in answers])
+        return common.token_log_probs(*teacher.answer_states(items, answers)).split([len(y) for y in answers])
 
 
 # ----------------------------------------------------------------------------------------- advantage and loss
@@ -237,7 +231,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
                                    [[ended for _, ended in replies] for replies in samples],
                                    [[greedy[j][i] for j in weights] for i in range(len(rows))] if greedy else None)])
         ended = torch.tensor([row for part in everyone for row in part[2]])                # (N, K)
-        stacked = torch.tensor([row for part in everyone for row in part[1]], dtype=torch.float64).reshape(n, -1, k)
+        stacked = torch.tensor([row for part in everyone for row in part[1]], dtype=torch.float64).reshape(n, len(weights), k)
         by_name = {j: stacked[:, at] for at, j in enumerate(weights)}                      # {j: (N, K)}
         base = {j: torch.tensor([row[at] for part in everyone for row in part[3]]) for at, j in enumerate(weights)
                 } if args.baseline == "greedy" and weights else None
@@ -359,7 +353,7 @@ def main():
     items = common.read_items(args.work, "train", 1)
     common.load_checkpoint(init, "rba-speechlm-1")        # before the models are loaded: it may be missing
     model = common.SpeechLM(vars(args), device)
-    data = items, common.speech_features(model, args.work, "train", items, rank=rank)
+    data = items, common.speech_features(model, args.work, args.work / "data" / "train.jsonl", items, rank=rank)
     for name, weights, token_weight in runs:
         teacher = common.Teacher(model, args.teacher) if token_weight or "logp" in weights else None
         train(model, teacher, name, weights, token_weight, init, data, args, rank, world)

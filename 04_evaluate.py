@@ -17,8 +17,8 @@ results.md, results.png.
     python 04_evaluate.py                      every system in DIR
     python 04_evaluate.py --ask question.wav   every system's answer to one recording
 """
-import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import sacrebleu
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import TASKS, UserError, derive_seed
+from common import TASKS, UserError
 
 FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference"),
@@ -65,6 +65,11 @@ def corpus_score(metric):
         scores = [metric._compute_score_from_stats([int(v) for v in row]).score for row in flat]
         return np.reshape(scores, np.shape(sums)[:-1])
     return aggregate
+
+
+def signature(metric):
+    metric.corpus_score(["."], [["."]])                   # sacrebleu knows it after a first score
+    return metric.get_signature()
 
 
 def mean(sums, n):
@@ -123,9 +128,24 @@ def answer_all(model, system, items, features, waves, args, window):
     return answers_of(model, model.llm, prompts, system, args), heard
 
 
+def answer_texts(model, llm, prompts, max_new, batch_size=64, progress=None):
+    """Greedy answers as text, batched by prompt length: list of (text, number of tokens, ended) in the given order."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [None] * len(prompts)
+    for at in range(0, len(order), batch_size):
+        chosen = order[at:at + batch_size]
+        with common.autocast(model.device):
+            replies = common.sample(llm, [prompts[i] for i in chosen], model.end_id, max_new)
+        for i, [(ids, ended)] in zip(chosen, replies):
+            answers[i] = (model.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), ended)
+        if progress is not None:
+            progress.update(len(chosen))
+    return answers
+
+
 def answers_of(model, llm, prompts, system, args):
     with tqdm(total=len(prompts), desc=f"answer {system}", unit="item", leave=False) as bar:
-        return common.answer_texts(model, llm, prompts, args.max_new, progress=bar)
+        return answer_texts(model, llm, prompts, args.max_new, progress=bar)
 
 
 def available(args):
@@ -252,12 +272,12 @@ def main():
         ask(args, systems)
         return
     rank, world, device = common.setup_processes()
-    if args.data:
-        raise UserError(f"--data {args.data}: public sets are read from the next release on; leave it out")
-    items = common.read_items(args.work, "test_all", 3)
+    source = Path(args.data) if args.data else args.work / "data" / "test_all.jsonl"
+    items = own_items(source) if args.data else common.read_items(args.work, "test_all", 3)
+    suffix = f"-{source.stem}" if args.data else ""
     model = common.SpeechLM(vars(args), device)
     embed = common.Embedder(args.embedder, device)
-    data_key, window = common.fingerprint(args.work / "data" / "test_all.jsonl"), min(30.0, args.max_seconds + 3)
+    data_key, window = common.fingerprint(source), min(30.0, args.max_seconds + 3)
     measured, trained, histories = {}, {}, {}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
     work = [(condition, system) for condition in ("clean", args.condition) for system in systems
@@ -265,7 +285,7 @@ def main():
     for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
         checkpoint = args.work / f"{system}.pt"
         key = f"{data_key} {common.fingerprint(checkpoint) if checkpoint.exists() else ''} {args.max_new}"
-        path = args.work / "answers" / f"{system}.{condition.replace(':', '-')}.jsonl"
+        path = answers_path(args.work, source, system, condition)
         if system not in ("text", "cascade"):
             facts = common.load_checkpoint(checkpoint, "rba-speechlm-1")
             trained[system] = [r for past in facts["history"] for r in past.get("rewards", {})]
@@ -274,8 +294,8 @@ def main():
             features = None
             if system not in ("text", "cascade"):
                 model.load(checkpoint)
-                features = common.speech_features(model, args.work, "test_all", items, condition)
-            answers, heard = answer_all(model, system, items, features, lambda: condition_waves(args.work, items, condition),
+                features = common.speech_features(model, args.work, source, items, condition)
+            answers, heard = answer_all(model, system, items, features, lambda: condition_waves(source, items, condition),
                                         args, window)
             common.write_jsonl(path, [dict(id=item["id"], key=key, system=system, condition=condition, answer=answer,
                                            tokens=tokens, ended=ended, heard=heard and heard[i])
@@ -285,14 +305,14 @@ def main():
         return
     # ---- metrics, intervals, table, plot
     for condition, system in work:
-        rows = common.read_jsonl(args.work / "answers" / f"{system}.{condition.replace(':', '-')}.jsonl")
+        rows = common.read_jsonl(answers_path(args.work, source, system, condition))
         heard = [row["heard"] for row in rows] if rows[0]["heard"] is not None else None
         measured.setdefault(condition, {})[system] = measure(
             items, [(row["answer"], row["tokens"], row["ended"]) for row in rows], heard, embed)
     if args.condition in measured and "text" in systems:  # text hears nothing: the same in every condition
         measured[args.condition] = {"text": measured["clean"]["text"]} | measured[args.condition]
     rows = compare(measured, seed=args.seed)
-    common.write_json(args.work / "results.json", dict(preset=args.preset, seed=args.seed, data=data_key, rows=rows,
+    common.write_json(args.work / f"results{suffix}.json", dict(preset=args.preset, seed=args.seed, data=data_key, rows=rows,
                                                        rewards=trained, history=histories))
     counts = ", ".join(f"{n} {task}" for task, n in Counter(item["task"] for item in items).items())
     lines = [f"# Results\n\nPreset `{args.preset}`, seed {args.seed}; {counts} held-out items before the WER bound, on "
@@ -300,17 +320,35 @@ def main():
     table(rows, trained, lines)
     lines += ["\n† the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
               "s2tt measures agreement with this teacher, which can't translate; it is not in the headline. BLEU: "
-              f"`{sacrebleu.BLEU().get_signature() if False else 'case:mixed|tok:13a|smooth:exp|sacrebleu ' + sacrebleu.__version__}`."]
-    common.write_text(args.work / "results.md", "\n".join(lines) + "\n")
-    plot(rows, args.work / "results.png")
+              f"`{signature(sacrebleu.BLEU())}`, chrF: `{signature(sacrebleu.CHRF())}`."]
+    common.write_text(args.work / f"results{suffix}.md", "\n".join(lines) + "\n")
+    plot(rows, args.work / f"results{suffix}.png")
     print("\n".join(lines))
     print(f"\n{args.work / 'results.md'}, {args.work / 'results.json'}, {args.work / 'results.png'}")
 
 
-def condition_waves(work, items, condition):
+def answers_path(work, source, system, condition):
+    return work / "answers" / source.stem / f"{system}.{condition.replace(':', '-')}.jsonl"
+
+
+def condition_waves(source, items, condition):
     """The items' waveforms under a condition, exactly as the encoder features were made."""
-    waves = [common.read_audio(work / "data" / item["audio"]) for item in items]
+    waves = [common.item_wave(source.parent, item) for item in items]
     return [common.under_condition(waves, i, items[i], condition) for i in range(len(items))]
+
+
+def own_items(path):
+    """Rows with id, audio (relative to the file), task, instruction, reference (a string or list) as items."""
+    items = []
+    for row in common.read_jsonl(path, ("id", "audio", "task", "instruction", "reference")):
+        if row["task"] not in TASKS:
+            raise UserError(f"{path}: item {row['id']} has the task {row['task']}; one of {', '.join(TASKS)}")
+        references = [row["reference"]] if isinstance(row["reference"], str) else row["reference"]
+        items.append(dict(id=row["id"], audio=row["audio"], task=row["task"], text=row["instruction"],
+                          prompt=row.get("prompt", ""), reference=references))
+    if not items:
+        raise UserError(f"{path}: holds no items")
+    return items
 
 
 if __name__ == "__main__":

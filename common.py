@@ -47,13 +47,13 @@ TASKS = ("instruct", "sqa", "s2tt")
 # A preset sets every number of a run; the flags of a script override single ones. `rl_prompts` x `k` sampled
 # responses an update, `rl_steps` updates: that budget is also given to `sft+` and `kd` (02).
 _EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
-                 reward_model="none", init="none", language="French", instruction_tokens=32, max_new=64,
+                 reward_model="none", init=str(Path(__file__).parent / "assets" / "adapter.pt"), language="French", instruction_tokens=32, max_new=64,
                  max_seconds=9.0, wer_bound=0.10, k=4, beta=0.01, baseline="loo", rewards="semantic=1,task=1",
                  lora_r=16, stack=4, condition="babble:5",
                  voices="piper-joe*30,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo")
 PRESETS = {
-    "tiny": _EMBEDDED | dict(n_align=640, n_train=96, n_valid=24, n_test=72, align_steps=260, align_batch=24,
-                             align_lr=2e-3, sft_steps=16, batch_size=16, lr=3e-4, rl_steps=8, rl_prompts=4,
+    "tiny": _EMBEDDED | dict(n_align=96, n_train=60, n_valid=15, n_test=60, align_steps=12, align_batch=32,
+                             align_lr=3e-4, sft_steps=12, batch_size=16, lr=3e-4, rl_steps=8, rl_prompts=4,
                              rl_lr=2e-4),
     "small": _EMBEDDED | dict(n_align=6000, n_train=3000, n_valid=200, n_test=900, align_steps=3000, align_batch=32,
                               align_lr=1e-3, sft_steps=200, batch_size=16, lr=3e-4, rl_steps=150, rl_prompts=8,
@@ -646,7 +646,7 @@ class CTCBridge(nn.Module):
     def forward(self, features):
         """list of N (T_i, d_speech) at 50 Hz -> e (N, T, d_llm) at 12.5 Hz, lengths (N,). Padding changes nothing."""
         device = self.blank.weight.device
-        stacked = [F.pad(f.to(device, torch.float32), (0, 0, 0, -len(f) % self.stack)).reshape(-1, self.stack * f.shape[1])
+        stacked = [F.pad(f.to(self.blank.weight), (0, 0, 0, -len(f) % self.stack)).reshape(-1, self.stack * f.shape[1])
                    for f in features]                                                       # (T, stack * d_speech)
         lengths = torch.tensor([len(s) for s in stacked], device=device)                   # (N,)
         e = self.inner(nn.utils.rnn.pad_sequence(stacked, batch_first=True))               # (N, T, d)
@@ -689,7 +689,8 @@ class CTCBridge(nn.Module):
             run = starts.cumsum(0)[keep] - 1                                               # (kept,) run of each frame
             if not keep.any():
                 keep, run = ~keep, torch.zeros_like(labels)
-            mass = self.logits(frames[keep], directions).softmax(-1)[:, 1:]                # (kept, V) without blank
+            log_mass = self.logits(frames[keep], directions).log_softmax(-1)[:, 1:]        # (kept, V) without blank
+            mass = (log_mass - log_mass.detach().amax()).exp()                             # a common factor, lest all underflow
             runs = int(run[-1]) + 1
             total = mass.new_zeros(runs, mass.shape[1]).index_add(0, run, mass)            # (n, V) sum over the run
             vectors.append(total / total.sum(-1, keepdim=True) @ embedding)                # (n, d)
@@ -733,7 +734,8 @@ class SpeechLM(nn.Module):
         return encoder.ln_post(x)[0].half().cpu()
 
     def hear(self, features):
-        return self.bridge.hear(features, self.embedding, self.directions)
+        with torch.autocast(self.device.type, enabled=False):   # float32 everywhere: what is heard must not depend on the stage
+            return self.bridge.hear(features, self.embedding, self.directions)
 
     # ---- prompts and answers
     def speech_prompts(self, features, prompts):
@@ -787,12 +789,14 @@ class SpeechLM(nn.Module):
         if str(path) != "none":
             held = load_checkpoint(path, "rba-speechlm-1")
         differing = [k for k in self.config if held["config"].get(k) != self.config[k]]
-        parameters = self.trainable()
-        if differing or held["state"].keys() != parameters.keys():
-            raise UserError(f"{path}: a checkpoint of another model ({differing[0] if differing else 'other weights'}: "
-                            f"{held['config'].get((differing or ['student'])[0])}); give one made with this preset")
+        parameters, state = self.trainable(), self._initial | held["state"]                # a bridge alone: LoRA as at first
+        if not differing:
+            differing = [n for n, p in parameters.items() if state[n].shape != p.shape] + [*(state.keys() - parameters.keys())]
+        if differing:
+            raise UserError(f"{path}: a checkpoint of another model ({differing[0]} differs: "
+                            f"{held['config'].get(differing[0], 'other weights')}); give one made with this preset")
         with torch.no_grad():
-            for name, value in held["state"].items():
+            for name, value in state.items():
                 parameters[name].copy_(value)
         return held
 
@@ -817,17 +821,26 @@ def under_condition(waves, i, item, condition):
     return perturb(waves[i], condition, derive_seed(item["id"], condition), others)
 
 
-def speech_features(model, work, split, items, condition="clean", rank=0):
-    """Encoder features of a split, list of (T_i, d_speech) float16: computed once, kept in work/features/."""
-    path = work / "features" / f"{split}-{condition.replace(':', '-')}.pt"
-    key = f"{fingerprint(work / 'data' / f'{split}.jsonl')} {model.config['whisper']} {condition}"
-    with contextlib.suppress(UserError):
+def item_wave(folder, item):
+    """An item's waveform; its path is relative to the JSONL's folder and may not leave it."""
+    path = (folder / item["audio"]).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"item {item['id']}: audio path {item['audio']} leaves {folder}; put the file below it")
+    return read_audio(path)
+
+
+def speech_features(model, work, source, items, condition="clean", rank=0):
+    """Encoder features of the items of a JSONL file `source`, list of (T_i, d_speech) float16: computed once, kept in
+    work/features/ until data, encoder or condition change."""
+    path = work / "features" / f"{source.stem}.{condition.replace(':', '-')}.pt"
+    key = f"{fingerprint(source)} {model.config['whisper']} {condition}"
+    if path.exists():
         held = load_checkpoint(path, "rba-features-1")
         if held["key"] == key:
             return held["features"]
-    waves = [read_audio(work / "data" / item["audio"]) for item in items]
+    waves = [item_wave(source.parent, item) for item in items]
     features = [model.encode(under_condition(waves, i, items[i], condition)) for i in tqdm(
-        range(len(items)), desc=f"encode {split} {condition}", unit="utt", leave=False, disable=rank > 0)]
+        range(len(items)), desc=f"encode {source.stem} {condition}", unit="utt", leave=False, disable=rank > 0)]
     if rank == 0:
         write_atomic(path, lambda temporary: torch.save({"format": "rba-features-1", "key": key, "features": features},
                                                         temporary))
@@ -932,21 +945,6 @@ def sample(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
     return [[next(results) for _ in range(count)] for count in counts]
 
 
-def answer_texts(model, llm, prompts, max_new, batch_size=64, progress=None):
-    """Greedy answers as text, batched by prompt length: list of (text, number of tokens, ended) in the given order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [None] * len(prompts)
-    for at in range(0, len(order), batch_size):
-        chosen = order[at:at + batch_size]
-        with autocast(model.device):
-            replies = sample(llm, [prompts[i] for i in chosen], model.end_id, max_new)
-        for i, [(ids, ended)] in zip(chosen, replies):
-            answers[i] = (model.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), ended)
-        if progress is not None:
-            progress.update(len(chosen))
-    return answers
-
-
 # ---------------------------------------------------------------------------------- what both training stages do
 class Teacher:
     """pi_T reading text: the SpeechLM's own LLM with LoRA off where teacher and student are one, else its own weights.
@@ -1012,26 +1010,6 @@ def load_resume(path, model, optimizer, log):
     if log.exists():
         write_jsonl(log, [row for row in read_jsonl(log) if row["step"] < step])
     return step, best
-
-
-@torch.no_grad()
-def answer_nll(model, items, features=None, batch_size=16):
-    """NLL of y_T per item, (N, 2): sum over its tokens, number of tokens; given the speech, or the text if `features`
-    is None."""
-    rows = []
-    with autocast(model.device):
-        for at in range(0, len(items), batch_size):
-            chunk = items[at:at + batch_size]
-            answers = [model.answer_ids(item["response"]) for item in chunk]
-            if features is None:
-                llm, states, ids = Teacher(model, model.config["student"]).answer_states(chunk, answers)
-                with model.as_text_llm():
-                    log_probs = token_log_probs(llm, states, ids)
-            else:
-                prompts = model.speech_prompts(features[at:at + batch_size], [item["prompt"] for item in chunk])
-                log_probs = token_log_probs(model.llm, *answer_states(model.llm, prompts, answers))
-            rows += [[-float(part.sum()), len(part)] for part in log_probs.split([len(y) for y in answers])]
-    return np.array(rows)
 
 
 def bootstrap(statistics, aggregate=lambda sums, n: sums[..., 0] / n, resamples=2000, seed=0):

