@@ -36,6 +36,7 @@ FLAGS = {"n-align": dict(type=int, help="utterances for *align*: speech and word
          "n-train": dict(type=int, help="items with answers, a third per task"),
          "n-valid": dict(type=int, help="likewise"), "n-test": dict(type=int, help="likewise")}
 
+UNUSABLE = ("speakable", "length", "language")            # filters after which a text is good for nothing
 BATCH = 128                                               # user turns sampled per text batch
 SPEECH_BATCH = 32                                         # utterances per speech batch
 POOL = 1.3                                                # items with answers per item wanted, for the WER bound
@@ -74,20 +75,31 @@ def first_sentence(text):
     return found.group(0).strip() if found else ""
 
 
-def near_duplicates(texts, threshold=0.7):
-    """For each text the index of an earlier kept one whose word bigrams overlap by Jaccard >= threshold, or None."""
-    holders, sizes, verdicts = {}, {}, []
-    for i, text in enumerate(texts):
+class Unlike:
+    """Keeps the rows whose text is usable, unknown to the bridge that the run starts from, and no near duplicate of an
+    earlier row's: word bigrams that overlap by Jaccard >= threshold."""
+
+    def __init__(self, known=(), threshold=0.7):
+        self.known, self.threshold, self.holders, self.sizes, self.rows = set(known), threshold, {}, [], []
+
+    def twin(self, text):
+        """Index of an earlier text that is a near duplicate, or None; the text is added if there is none."""
         words = ["<"] + re.findall(r"[a-z0-9]+", text.lower()) + [">"]
         grams = set(zip(words, words[1:]))
-        shared = Counter(j for gram in grams for j in holders.get(gram, ()))
-        twin = next((j for j, n in sorted(shared.items()) if n / (len(grams) + sizes[j] - n) >= threshold), None)
-        verdicts.append(twin)
-        if twin is None:
-            sizes[i] = len(grams)
-            for gram in grams:
-                holders.setdefault(gram, []).append(i)
-    return verdicts
+        shared = Counter(j for gram in grams for j in self.holders.get(gram, ()))
+        for j, n in sorted(shared.items()):
+            if n / (len(grams) + self.sizes[j] - n) >= self.threshold:
+                return j
+        for gram in grams:
+            self.holders.setdefault(gram, []).append(len(self.sizes))
+        self.sizes.append(len(grams))
+        return None
+
+    def add(self, rows):
+        for row in rows:
+            if (row["dropped"] not in UNUSABLE and common.text_hash(row["text"]) not in self.known
+                    and self.twin(row["text"]) is None):
+                self.rows.append(row)
 
 
 def short_answer(question, answer, continuation):
@@ -164,23 +176,22 @@ def write_texts(teacher, stream, batch, args):
     return rows
 
 
-def read_streams(args, teacher, rank, world):
+def read_streams(args, teacher, known, rank, world):
     """Text batches of every stream, in order, until each has what its splits need; kept in data/batches/.
+    -> (all rows, the unlike ones among them). `known`: hashes of texts that may stand in no split.
 
     Where a stream stops depends on its batches alone, not on how many processes wrote them.
     """
     folder = args.work / "data" / "batches"
     per_task = math.ceil(((args.n_train + args.n_valid) * POOL + args.n_test) / len(TASKS))
-    rows = []
+    rows, unlike = [], Unlike(known)
     for stream in (*TASKS, "words"):
-        batch, texts, useless, last = 0, [], 0, None
+        batch, useless, last = 0, 0, None
         with tqdm(desc=f"write {stream}", unit="item", disable=rank > 0,
                   total=args.n_align if stream == "words" else per_task) as bar:
             while True:
-                if stream == "words":
-                    have = sum(map(good_for_align, keep_unlike(rows + texts)))
-                else:
-                    have = sum(not row["dropped"] for row in keep_unlike(texts))
+                have = sum(good_for_align(row) if stream == "words" else row["task"] == stream and not row["dropped"]
+                           for row in unlike.rows)
                 bar.update(min(have, bar.total) - bar.n)
                 if have >= bar.total:
                     break
@@ -194,16 +205,11 @@ def read_streams(args, teacher, rank, world):
                     if not path.exists():
                         common.write_jsonl(path, write_texts(teacher(), stream, batch + rank, args))
                     common.barrier()
-                texts += common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl")
+                written = common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl")
+                unlike.add(written)
+                rows += written
                 batch += 1
-        rows += texts
-    return rows
-
-
-def keep_unlike(rows):
-    """Rows whose text is no near duplicate of an earlier row's; rows without usable text are left out."""
-    rows = [row for row in rows if row["dropped"] not in ("speakable", "length", "language")]
-    return [row for row, twin in zip(rows, near_duplicates([row["text"] for row in rows])) if twin is None]
+    return rows, unlike.rows
 
 
 def good_for_align(row):
@@ -344,11 +350,13 @@ def main():
         if getattr(args, name) < len(TASKS):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {len(TASKS)}, one per task")
     rank, world, device = common.setup_processes()
+    known = () if args.init == "none" else common.load_checkpoint(args.init, "rba-speechlm-1")["heard"]
     data = args.work / "data"
     keys = ("preset", "seed", "teacher", "whisper", "voices", "language", "instruction_tokens", "max_new", "max_seconds",
             "wer_bound", "n_align", "n_train", "n_valid", "n_test")
     if rank == 0:
-        common.record_config(data / "config.json", {key: getattr(args, key) for key in keys})
+        common.record_config(data / "config.json", {key: getattr(args, key) for key in keys} |
+                             {"init": common.fingerprint(args.init)})
     common.barrier()
     loaded = {}
 
@@ -365,9 +373,7 @@ def main():
 
     # ---- 1, 2: instructions and answers; filters; splits
     voices = Voices(args.voices)
-    rows = read_streams(args, teacher, rank, world)
-    heard = set() if args.init == "none" else set(common.load_checkpoint(args.init, "rba-speechlm-1")["heard"])
-    unlike = [row for row in keep_unlike(rows) if common.text_hash(row["text"]) not in heard]
+    rows, unlike = read_streams(args, teacher, known, rank, world)
     splits = assign_splits(unlike, args)
     items = []
     for split, chosen in splits.items():
@@ -407,17 +413,17 @@ def main():
     for split, own in final.items():
         common.write_jsonl(data / f"{split}.jsonl", own)
 
+    clear_ids = {item["id"] for item in clear}
     names = {"ended": "cut", "speakable": "not speakable", "length": "length", "language": "not English", "form": "form",
              "answer ended": "answer cut", "answer speakable": "answer not speakable", "short answer": "no short answer"}
     kept_ids, used = {row["id"] for row in unlike}, {item["id"] for own in final.values() for item in own}
     funnel = {}
     for stream in (*TASKS, "words"):
         own = [row for row in rows if row["task"] == stream]
-        usable = ("speakable", "length", "language")
         counts = {"sampled": len(own)} | {label: sum(row["dropped"] == key for row in own) for key, label in names.items()}
-        counts["near duplicate"] = sum(row["dropped"] not in usable and row["id"] not in kept_ids for row in own)
+        counts["near duplicate or known"] = sum(row["dropped"] not in UNUSABLE and row["id"] not in kept_ids for row in own)
         counts["too long to hear"] = sum(item["task"] == stream for item in too_long)
-        counts["over the WER bound"] = sum(item["task"] == stream and item not in clear for item in spoken)
+        counts["over the WER bound"] = sum(item["task"] == stream and item["id"] not in clear_ids for item in spoken)
         counts["in a split"] = sum(row["id"] in used for row in own)
         funnel[stream] = counts
     common.write_json(data / "funnel.json", funnel)

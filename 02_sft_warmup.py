@@ -9,11 +9,14 @@ distillation". The objectives [ours], each on the teacher's own answers y_T:
 Without --objective: align.pt (from --init) -> prints the speech-text gap on train and valid -> sft.pt -> kd.pt, sft+.pt
 (both from sft.pt, with the budget of the preset's RBA run: updates x sampled responses).
 
-Reads DIR/data. Writes DIR/NAME.pt (best on valid), NAME.last.pt, NAME.config.json, logs/NAME.jsonl, gap.json.
+Reads DIR/data. Writes DIR/NAME.pt (the last update, for align the best on valid), NAME.best.pt, NAME.config.json,
+logs/NAME.jsonl, gap.json.
 
     python 02_sft_warmup.py                                       one process
     torchrun --nproc_per_node 8 02_sft_warmup.py --preset small   one node: the same gradients
 """
+import json
+import random
 import time
 
 import numpy as np
@@ -30,6 +33,7 @@ FLAGS = {"objective": dict(help="align, sft or kd alone, from --init to --out"),
          "batch-size": dict(type=int, help="utterances or sequences an update"),
          "lr": dict(type=float, help="peak learning rate")}
 MICRO = 8                                                 # sequences a forward pass; a power of the memory at hand
+SAVE_EVERY = 25                                           # updates between resume files
 EXTRA_CLASSES = 512                                       # classes never heard, drawn anew each align step
 
 
@@ -105,9 +109,11 @@ def validate(model, objective, items, features):
 
 def speech_text_gap(model, work, splits, limit=64):
     """NLL(y_T | s) - NLL(y_T | x) per token on both splits; they must agree before SFT, or align has memorised train."""
-    report = {}
+    report = {"of": common.fingerprint(work / "align.pt")}
     for split, (items, features) in splits.items():
-        speech, text = answer_nll(model, items[:limit], features[:limit]), answer_nll(model, items[:limit])
+        chosen = random.Random(0).sample(range(len(items)), min(limit, len(items)))        # of all tasks
+        rows = [items[i] for i in chosen]
+        speech, text = answer_nll(model, rows, [features[i] for i in chosen]), answer_nll(model, rows)
         columns = np.stack([speech[:, 0], text[:, 0], text[:, 1]], 1)                      # sums over tokens, tokens
         gap = common.bootstrap(columns, lambda s, n: (s[..., 0] - s[..., 1]) / s[..., 2])
         report[split] = {"items": len(columns), "nll_speech": speech[:, 0].sum() / speech[:, 1].sum(),
@@ -115,7 +121,11 @@ def speech_text_gap(model, work, splits, limit=64):
     a, b = report["train"]["interval"], report["valid"]["interval"]
     report["agree"] = bool(a[0] <= b[1] and b[0] <= a[1])
     common.write_json(work / "gap.json", report)
-    for split in splits:
+    return report
+
+
+def print_gap(report):
+    for split in ("train", "valid"):
         r = report[split]
         print(f"speech-text gap before SFT, {split} ({r['items']} items): NLL {r['nll_speech']:.3f} given speech, "
               f"{r['nll_text']:.3f} given text, gap {r['gap']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]")
@@ -132,12 +142,12 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         raise UserError(f"{work / 'data'}: no items to train {name} on; run 01_synthesize.py with larger --n-align, --n-train")
     if batch_size > len(items):
         raise UserError(f"--batch-size {batch_size}: larger than the {len(items)} items of {name}'s split")
-    facts = dict(objective=objective, init=str(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
+    facts = dict(objective=objective, init=common.fingerprint(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
                  data=common.fingerprint(work / "data" / ("align.jsonl" if objective == "align" else "train.jsonl")))
     if rank == 0:
         common.record_config(work / f"{name}.config.json", model.config | facts)
     common.barrier()
-    if (work / f"{name}.last.pt").exists():
+    if (work / f"{name}.pt").exists():
         print(f"{name}: done already ({work / name}.pt)")
         return
     parent = model.load(init)
@@ -159,7 +169,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         [(metric, score)] = [(k, v) for k, v in row.items() if k.startswith("valid")]
         if rank == 0:
             if best is None or score < best:
-                model.save(work / f"{name}.pt", **facts, metrics={metric: score, "step": step})
+                model.save(work / f"{name}.best.pt", **facts, metrics={metric: score, "step": step})
             tqdm.write(f"{name} {step}/{steps}: " + (f"loss {row['loss']:.3f}, " if "loss" in row else "") + f"{metric} {score:.3f}")
         best = score if best is None else min(best, score)
         return row
@@ -169,7 +179,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="update", disable=rank > 0)
     for step in bar:
         started = time.time()
-        batch = common.batch_at(len(items), batch_size, step, args.seed, objective == "align", str(init))
+        batch = common.batch_at(len(items), batch_size, step, args.seed, "items", len(parent.get("history", [])))
         scale = len(batch) if objective == "align" else sum(lengths[i] for i in batch)     # global, so that sums add up
         mine, total = sorted(batch[rank::world], key=lambda i: len(features[i])), 0.0
         for at in range(0, len(mine), MICRO if objective != "align" else batch_size):
@@ -194,11 +204,13 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
             row = validated(row, step + 1)
         if rank == 0:
             common.append_jsonl(log, row)
-            if any(key.startswith("valid") for key in row):
+            if (step + 1) % SAVE_EVERY == 0 or any(key.startswith("valid") for key in row):
                 common.save_resume(resume, model, optimizer, step + 1, best)
         bar.set_postfix(loss=f"{total:.3f}")
     if rank == 0:
-        model.save(work / f"{name}.last.pt", **facts, metrics={"valid": best})
+        if objective == "align":                          # the start of every system: the best; the systems: the last update,
+            model.load(work / f"{name}.best.pt")          # as for RL, which has no such choice
+        model.save(work / f"{name}.pt", **facts, metrics={"best_valid": best})
         resume.unlink(missing_ok=True)
     common.barrier()
 
@@ -226,12 +238,17 @@ def main():
     align = dict(steps=args.align_steps, batch_size=args.align_batch, lr=args.align_lr)
     sft = dict(steps=args.sft_steps, batch_size=args.batch_size, lr=args.lr)
     if args.objective:
-        go(args.out or args.objective, args.objective, args.init, **(align if args.objective == "align" else sft))
+        init, numbers = {"align": (args.init, align), "sft": (args.work / "align.pt", sft), "kd": (args.work / "sft.pt", budget)
+                         }[args.objective]
+        go(args.out or args.objective, args.objective, args.given.get("init", init), **numbers)
         return
     go("align", "align", args.init, **align)
-    model.load(args.work / "align.pt")
-    if rank == 0 and not (args.work / "gap.json").exists():
-        speech_text_gap(model, args.work, {split: data[split] for split in ("train", "valid")})
+    if rank == 0:
+        model.load(args.work / "align.pt")
+        held = json.loads(gap.read_text()) if (gap := args.work / "gap.json").exists() else {}
+        if held.get("of") != common.fingerprint(args.work / "align.pt"):
+            held = speech_text_gap(model, args.work, {split: data[split] for split in ("train", "valid")})
+        print_gap(held)
     common.barrier()
     go("sft", "sft", args.work / "align.pt", **sft)
     go("kd", "kd", args.work / "sft.pt", **budget)

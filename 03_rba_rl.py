@@ -192,7 +192,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     (items, features), steps, k = data, args.rl_steps, args.k
     n = min(args.rl_prompts, len(items))
     facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
-                 init=str(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new, seed=args.seed,
+                 init=common.fingerprint(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new, seed=args.seed,
                  data=common.fingerprint(work / "data" / "train.jsonl"))
     if rank == 0:
         common.record_config(work / f"{name}.config.json", model.config | facts)
@@ -211,7 +211,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     for step in bar:
         started = time.time()
         # ---- rollout
-        batch = common.batch_at(len(items), n, step, args.seed, "rl", str(init))
+        batch = common.batch_at(len(items), n, step, args.seed, "items", len(parent.get("history", [])))
         mine = sorted(batch[rank::world], key=lambda i: len(features[i]))
         rows, sounds = [items[i] for i in mine], [features[i] for i in mine]
         samples, greedy = rollout(model, rows, sounds, args, name, step) if mine else ([], None)
@@ -224,8 +224,10 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         scores = rewards(repeated, texts, answers)
         own = rewards(rows, [row["response"] for row in rows], [model.answer_ids(row["response"]) for row in rows])
         if greedy:
+            finished = [ended for _, ended in greedy]
             greedy = rewards(rows, [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in greedy],
                              [ids + [model.end_id] * ended for ids, ended in greedy])
+            greedy = {j: [v if e else math.nan for v, e in zip(values, finished)] for j, values in greedy.items()}
         # ---- advantage: sigma_j is the whole batch's, so the rewards of all processes are gathered
         everyone = common.gather([(rank, [[scores[j][i * k:(i + 1) * k] for j in weights] for i in range(len(rows))],
                                    [[ended for _, ended in replies] for replies in samples],
@@ -233,7 +235,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         ended = torch.tensor([row for part in everyone for row in part[2]])                # (N, K)
         stacked = torch.tensor([row for part in everyone for row in part[1]], dtype=torch.float64).reshape(n, len(weights), k)
         by_name = {j: stacked[:, at] for at, j in enumerate(weights)}                      # {j: (N, K)}
-        base = {j: torch.tensor([row[at] for part in everyone for row in part[3]]) for at, j in enumerate(weights)
+        base = {j: torch.tensor([row[at] for part in everyone for row in part[3] or ()]) for at, j in enumerate(weights)
                 } if args.baseline == "greedy" and weights else None
         advantage, counts = sequence_advantages(by_name, ended, weights, base)             # (N, K)
         offset = sum(len(part[1]) for part in everyone if part[0] < rank)

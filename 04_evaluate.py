@@ -5,7 +5,8 @@
 - Systems: `text` (LoRA off, gold words: the teacher where the two LLMs are one), `cascade` (Whisper's transcript, same
   LLM), `align` (before any answer was seen), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds.
 - `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
-  exact match and token F1 beside it. `instruct`: sentence chrF to y_T, and cosine of the embeddings. `s2tt`: corpus BLEU
+  exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine of the embeddings, the teacher's mean
+  log-likelihood of the answer given the gold words, and the win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU
   and chrF (sacrebleu; against the teacher's translation, so agreement, not quality). WER of what was heard: covariate.
 - 95 % percentile bootstrap over items; differences to `sft` paired. A difference whose interval holds 0 is "not
   separable". † a metric the system was trained on: never the headline.
@@ -33,7 +34,8 @@ FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
 CHECKPOINTS = ("align", "sft", "sft+", "kd", "opd", "rba", "rba+opd")
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
-HELD_REWARD = {("instruct", "similarity"): "semantic", ("sqa", "F1"): "task", ("s2tt", "chrF"): "task"}
+TRAINED_BY = {("instruct", "similarity"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
+              ("instruct", "log π_T"): {"logp", "token"}, ("instruct", "wins"): {"logp", "token"}}
 
 
 # ------------------------------------------------------------------------------------------------------ metrics
@@ -76,7 +78,19 @@ def mean(sums, n):
     return sums[..., 0] / n
 
 
-def measure(items, answers, heard, embed):
+@torch.inference_mode()
+def judge(model, teacher, items, answers):
+    """Mean log pi_T of each answer's tokens given the gold words: a judge that no sequence reward of `rba` is."""
+    scores = []
+    with common.autocast(model.device):
+        for at in range(0, len(items), 16):
+            ids = [model.answer_ids(answer[0]) for answer in answers[at:at + 16]]
+            flat = common.token_log_probs(*teacher.answer_states(items[at:at + 16], ids))
+            scores += [float(part.mean()) for part in flat.split([len(y) for y in ids])]
+    return scores
+
+
+def measure(items, answers, heard, scores, embed):
     """{(task, metric): (statistics (N, C) per item, aggregate)} of one system's answers [(text, tokens, ended)]."""
     out = {}
     for task in TASKS:
@@ -92,7 +106,8 @@ def measure(items, answers, heard, embed):
         elif task == "instruct":
             both = embed([*said, *(refs[0] for refs in gold)])
             per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)],
-                        "similarity": (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist()}
+                        "similarity": (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist(),
+                        "log π_T": [scores[i] for i in chosen]}
         else:
             per_item = {}
             for name, metric in (("BLEU", sacrebleu.BLEU(effective_order=False)), ("chrF", sacrebleu.CHRF())):
@@ -189,6 +204,10 @@ def compare(measured, base="sft", seed=0):
                            low=low, high=high)
                 other = systems.get(base, {}).get((task, metric))
                 if other is not None and system != base:
+                    if metric == "log π_T":               # win rate by this judge, ties one half
+                        wins = 50 * (1 + np.sign(statistics - other[0]))
+                        won, low, high = common.bootstrap(wins, seed=seed)
+                        rows.append(row | dict(metric="wins", value=won, low=low, high=high))
                     c = statistics.shape[1]
                     columns = np.concatenate([statistics, other[0]], 1)
                     def difference(sums, n, aggregate=aggregate, c=c):
@@ -212,6 +231,8 @@ def compare(measured, base="sft", seed=0):
 
 
 def cell(row, dagger):
+    if row is None:
+        return "–"
     return f"{row['value']:.1f}{'†' if dagger else ''} [{row['low']:.1f}, {row['high']:.1f}]"
 
 
@@ -224,7 +245,7 @@ def table(rows, trained, lines):
         lines += [f"\n### {condition}\n", "| system | " + " | ".join(f"{t} {m}" for t, m in columns) + " | WER heard | tokens |",
                   "|---" * (len(columns) + 3) + "|"]
         for system in systems:
-            cells = [cell(found[system, t, m], HELD_REWARD.get((t, m)) in trained.get(system, ())) for t, m in columns]
+            cells = [cell(found.get((system, t, m)), TRAINED_BY.get((t, m), set()) & set(trained.get(system, ()))) for t, m in columns]
             for extra in ("WER", "tokens"):
                 own = [found[system, t, extra] for t in TASKS if (system, t, extra) in found]
                 cells.append(f"{sum(r['value'] * r['n'] for r in own) / sum(r['n'] for r in own):.1f}" if own else "–")
@@ -276,19 +297,21 @@ def main():
     items = own_items(source) if args.data else common.read_items(args.work, "test_all", 3)
     suffix = f"-{source.stem}" if args.data else ""
     model = common.SpeechLM(vars(args), device)
-    embed = common.Embedder(args.embedder, device)
-    data_key, window = common.fingerprint(source), min(30.0, args.max_seconds + 3)
+    embed, teacher = common.Embedder(args.embedder, device), common.Teacher(model, args.teacher)
+    data_key, window = common.fingerprint(source), 30.0 if args.data else min(30.0, args.max_seconds + 3)
     measured, trained, histories = {}, {}, {}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
     work = [(condition, system) for condition in ("clean", args.condition) for system in systems
             if not (system == "text" and condition != "clean")]
     for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
         checkpoint = args.work / f"{system}.pt"
-        key = f"{data_key} {common.fingerprint(checkpoint) if checkpoint.exists() else ''} {args.max_new}"
+        key = " ".join(map(str, (data_key, common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
+                                 args.whisper, args.max_new, window, common.SYSTEM)))
         path = answers_path(args.work, source, system, condition)
         if system not in ("text", "cascade"):
             facts = common.load_checkpoint(checkpoint, "rba-speechlm-1")
-            trained[system] = [r for past in facts["history"] for r in past.get("rewards", {})]
+            trained[system] = [r for past in facts["history"] for r in
+                               (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
             histories[system] = facts["history"]
         if at % world == rank and not (path.exists() and common.read_jsonl(path)[0].get("key") == key):
             features = None
@@ -297,8 +320,9 @@ def main():
                 features = common.speech_features(model, args.work, source, items, condition)
             answers, heard = answer_all(model, system, items, features, lambda: condition_waves(source, items, condition),
                                         args, window)
+            scores = judge(model, teacher, items, answers)
             common.write_jsonl(path, [dict(id=item["id"], key=key, system=system, condition=condition, answer=answer,
-                                           tokens=tokens, ended=ended, heard=heard and heard[i])
+                                           tokens=tokens, ended=ended, heard=heard and heard[i], score=scores[i])
                                       for i, (item, (answer, tokens, ended)) in enumerate(zip(items, answers))])
     common.barrier()
     if rank:
@@ -308,18 +332,19 @@ def main():
         rows = common.read_jsonl(answers_path(args.work, source, system, condition))
         heard = [row["heard"] for row in rows] if rows[0]["heard"] is not None else None
         measured.setdefault(condition, {})[system] = measure(
-            items, [(row["answer"], row["tokens"], row["ended"]) for row in rows], heard, embed)
+            items, [(row["answer"], row["tokens"], row["ended"]) for row in rows], heard, [row["score"] for row in rows], embed)
     if args.condition in measured and "text" in systems:  # text hears nothing: the same in every condition
         measured[args.condition] = {"text": measured["clean"]["text"]} | measured[args.condition]
     rows = compare(measured, seed=args.seed)
-    common.write_json(args.work / f"results{suffix}.json", dict(preset=args.preset, seed=args.seed, data=data_key, rows=rows,
-                                                       rewards=trained, history=histories))
+    common.write_json(args.work / f"results{suffix}.json", dict(preset=args.preset, seed=args.seed, data=data_key,
+        rows=rows, rewards=trained, history=histories) | common.environment())
     counts = ", ".join(f"{n} {task}" for task, n in Counter(item["task"] for item in items).items())
     lines = [f"# Results\n\nPreset `{args.preset}`, seed {args.seed}; {counts} held-out items before the WER bound, on "
              f"speech that this run synthesized; teacher `{args.teacher}`. 95 % bootstrap intervals over items."]
     table(rows, trained, lines)
     lines += ["\n† the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
-              "s2tt measures agreement with this teacher, which can't translate; it is not in the headline. BLEU: "
+              "References are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
+              "weights, is near 100 by construction), s2tt too, whatever its translations are worth. BLEU: "
               f"`{signature(sacrebleu.BLEU())}`, chrF: `{signature(sacrebleu.CHRF())}`."]
     common.write_text(args.work / f"results{suffix}.md", "\n".join(lines) + "\n")
     plot(rows, args.work / f"results{suffix}.png")
@@ -344,6 +369,8 @@ def own_items(path):
         if row["task"] not in TASKS:
             raise UserError(f"{path}: item {row['id']} has the task {row['task']}; one of {', '.join(TASKS)}")
         references = [row["reference"]] if isinstance(row["reference"], str) else row["reference"]
+        if not references:
+            raise UserError(f"{path}: item {row['id']} has an empty reference")
         items.append(dict(id=row["id"], audio=row["audio"], task=row["task"], text=row["instruction"],
                           prompt=row.get("prompt", ""), reference=references))
     if not items:

@@ -61,7 +61,7 @@ PRESETS = {
     # Full-scale models [ours]; named so that a run is one flag away, not run by us: see the README's limits.
     "paper": _EMBEDDED | dict(teacher="Qwen/Qwen2.5-7B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
                               whisper="large-v3", embedder="sentence-transformers/all-MiniLM-L6-v2",
-                              reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B", voices="vits-vctk*109",
+                              reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B", init="none", voices="vits-vctk*109",
                               rewards="rm=1", max_new=256, instruction_tokens=96, max_seconds=30.0,
                               n_align=0, n_train=100_000, n_valid=1000, n_test=3000, align_steps=0, align_batch=32,
                               align_lr=1e-3, sft_steps=1500, batch_size=64, lr=1e-4, rl_steps=1500, rl_prompts=64,
@@ -96,8 +96,9 @@ def parse_args(doc, flags, argv=None):
         raise UserError(f"--preset {args.preset}: no such preset; one of {', '.join(PRESETS)}")
     given = {key: value for key, value in vars(args).items() if value is not None}
     for key, value in given.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or math.isnan(value)):
-            raise UserError(f"--{key.replace('_', '-')} {value}: must be a number of at least 0")
+        least = 1 if key in ("max_steps", "batch_size", "k") else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be a number of at least {least}")
     return argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
 
 
@@ -146,6 +147,14 @@ def write_atomic(path, write):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_torch(path, value):
+    """torch.save, atomically; through an open file, so that the same content gives the same bytes."""
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+    write_atomic(path, write)
 
 
 def write_text(path, text):
@@ -207,12 +216,13 @@ def text_hash(text):
     return hashlib.sha256(" ".join(re.findall(r"[a-z0-9']+", text.lower())).encode()).hexdigest()[:12]
 
 
-def fingerprint(*paths):
-    """First 16 hex digits of the sha256 over the files' bytes."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()[:16]
+def fingerprint(path):
+    """First 16 hex digits of the sha256 of a file; UserError if it is missing. "none" stands for itself."""
+    if str(path) == "none":
+        return "none"
+    if not Path(path).is_file():
+        raise UserError(f"{path}: missing; run the stage that writes it first (same --work)")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def record_config(path, config):
@@ -225,11 +235,16 @@ def record_config(path, config):
             changes = ", ".join(f"{key}: {old.get(key)} -> {config.get(key)}" for key in differing)
             raise UserError(f"{path}: made with another configuration ({changes}); use another --work or --out")
         return
+    write_json(path, {"config": config} | environment())
+
+
+def environment():
+    """Library versions and hardware, kept beside every output."""
     versions = {name: importlib.metadata.version(name) for name in
                 ("torch", "torchaudio", "transformers", "peft", "openai-whisper", "jiwer", "sacrebleu")}
-    write_json(path, {"config": config, "versions": versions | {"python": platform.python_version()}, "hardware":
-                      {"cpus": os.cpu_count(), "machine": platform.processor() or platform.machine(),
-                       "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}})
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {"versions": versions | {"python": platform.python_version()},
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "gpu": gpu}}
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -780,8 +795,7 @@ class SpeechLM(nn.Module):
         """Trainable weights, configuration and facts (data fingerprint, metrics); read with weights_only=True."""
         state = {name: p.detach().cpu().clone() for name, p in self.trainable().items()}
         facts = json.loads(json.dumps(facts, default=float))   # plain types, which weights_only=True can read
-        write_atomic(path, lambda temporary: torch.save({"format": "rba-speechlm-1", "config": self.config,
-                                                         "state": state, **facts}, temporary))
+        write_torch(path, {"format": "rba-speechlm-1", "config": self.config, "state": state, **facts})
 
     def load(self, path):
         """Load a checkpoint written by `save` ("none": fresh weights); returns its facts. UserError for anything else."""
@@ -842,8 +856,7 @@ def speech_features(model, work, source, items, condition="clean", rank=0):
     features = [model.encode(under_condition(waves, i, items[i], condition)) for i in tqdm(
         range(len(items)), desc=f"encode {source.stem} {condition}", unit="utt", leave=False, disable=rank > 0)]
     if rank == 0:
-        write_atomic(path, lambda temporary: torch.save({"format": "rba-features-1", "key": key, "features": features},
-                                                        temporary))
+        write_torch(path, {"format": "rba-features-1", "key": key, "features": features})
     return features
 
 
@@ -990,9 +1003,8 @@ def optimizer_step(model, optimizer, lr):
 def save_resume(path, model, optimizer, step, best):
     """What a killed run goes on from: beside the weights the optimizer and the best validation so far. Batches and
     samples are drawn from seeds of their step, so that no other random state is needed."""
-    write_atomic(path, lambda temporary: torch.save(
-        {"format": "rba-resume-1", "step": step, "best": best, "optimizer": optimizer.state_dict(), "rng":
-         torch.get_rng_state(), "state": {n: p.detach().cpu() for n, p in model.trainable().items()}}, temporary))
+    write_torch(path, {"format": "rba-resume-1", "step": step, "best": best, "optimizer": optimizer.state_dict(), "rng":
+                       torch.get_rng_state(), "state": {n: p.detach().cpu() for n, p in model.trainable().items()}})
 
 
 def load_resume(path, model, optimizer, log):

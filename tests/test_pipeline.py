@@ -107,7 +107,7 @@ def test_a_killed_training_goes_on_step_by_step(work):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (work / "cut.last.pt").exists()
+    assert not (work / "cut.pt").exists()
     script("02_sft_warmup.py", *flags, "--out", "cut")
     losses = [[(row["step"], pytest.approx(row["loss"], rel=1e-4)) for row in common.read_jsonl(work / "logs" / f"{n}.jsonl")]
               for n in ("whole", "cut")]
