@@ -312,28 +312,27 @@ def write_speech(items, voices, asr, args):
 
 
 # ------------------------------------------------------------------------------------------- funnel and card
-def write_card(path, splits, funnel, args):
-    """data/card.md: what somebody needs to know before training on these files."""
-    items = [item for split in splits.values() for item in split]
+def write_card(path, splits, spoken, funnel, args):
+    """data/card.md: what somebody needs to know before training on these files. Returns it without the sample rows."""
     lines = [f"# Data card\n\nWritten by 01_synthesize.py: preset `{args.preset}`, seed {args.seed}, teacher "
              f"`{args.teacher}`. Nothing here was written, spoken or checked by a person.\n",
-             "| split | " + " | ".join(TASKS) + " | words | items | hours | words per utterance | tokens-ended answers |",
-             "|---" * (len(TASKS) + 6) + "|"]
+             "| split | " + " | ".join(TASKS) + " | words | items | hours | words per utterance | answers | words per answer |",
+             "|---" * (len(TASKS) + 7) + "|"]
     for split, rows in splits.items():
         tasks = Counter(row["task"] for row in rows)
-        mean = np.mean([len(row["text"].split()) for row in rows]) if rows else 0
+        spoken_words = sum(len(row["text"].split()) for row in rows)
+        answers = [len(row["response"].split()) for row in rows if row["ended"]]
         lines.append(f"| {split} | " + " | ".join(str(tasks[t]) for t in (*TASKS, "words")) + f" | {len(rows)} | "
-                     f"{sum(row['seconds'] for row in rows) / 3600:.2f} | {mean:.1f} | {sum(row['ended'] for row in rows)} |")
+                     f"{sum(row['seconds'] for row in rows) / 3600:.2f} | {spoken_words / max(1, len(rows)):.1f} | {len(answers)} | "
+                     f"{sum(answers) / max(1, len(answers)):.1f} |")
     lines += ["\n`test_all` is the test split before the WER bound, `test` after it; `align` is speech and words only.\n",
               "## Voices\n\n| voice | utterances | hours | transcribed | WER of Whisper, before the bound |", "|---|---|---|---|---|"]
-    unique = list({item["id"]: item for item in items}.values())
-    for voice in sorted({item["voice"] for item in unique}):
-        own = [item for item in unique if item["voice"] == voice]
+    for voice in sorted({item["voice"] for item in spoken}):
+        own = [item for item in spoken if item["voice"] == voice]
         checked = [common.word_errors(item["text"], item["transcript"]) for item in own if item["transcript"] is not None]
         wer = f"{sum(e for e, _ in checked) / max(1, sum(n for _, n in checked)):.3f}" if checked else "–"
         lines.append(f"| {voice} | {len(own)} | {sum(i['seconds'] for i in own) / 3600:.2f} | {len(checked)} | {wer} |")
-    lines += ["\n(Voices are counted over the items kept; the WER bound has taken its share of `train` and `valid`.)\n",
-              "## Funnel\n\nSampled user turns, and what each filter in turn dropped.\n",
+    lines += ["\n## Funnel\n\nSampled user turns, and what each filter in turn dropped.\n",
               "| stream | " + " | ".join(next(iter(funnel.values()))) + " |", "|---" * (1 + len(next(iter(funnel.values())))) + "|"]
     lines += [f"| {stream} | " + " | ".join(map(str, counts.values())) + " |" for stream, counts in funnel.items()]
     lines += ["\n## Ten rows\n"]
@@ -428,7 +427,7 @@ def main():
         funnel[stream] = counts
     common.write_json(data / "funnel.json", funnel)
     answered = [row for row in rows if row["task"] in TASKS and row["response"]]
-    print(write_card(data / "card.md", final, funnel, args))
+    print(write_card(data / "card.md", final, spoken, funnel, args))
     print(f"answers that ended within {args.max_new} tokens: {sum(r['ended'] for r in answered)} of {len(answered)}; "
           f"card: {data / 'card.md'}")
 

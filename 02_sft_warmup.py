@@ -34,16 +34,18 @@ FLAGS = {"objective": dict(help="align, sft or kd alone, from --init to --out"),
          "lr": dict(type=float, help="peak learning rate")}
 MICRO = 8                                                 # sequences a forward pass; a power of the memory at hand
 SAVE_EVERY = 25                                           # updates between resume files
-EXTRA_CLASSES = 512                                       # classes never heard, drawn anew each align step
+HEARD_CLASSES, EXTRA_CLASSES = 1024, 512                  # classes of the data, of all, drawn anew each align step
 
 
 # -------------------------------------------------------------------------------------------------- objectives
 def align_loss(model, features, targets, heard, seed):
-    """Sum over utterances of CTC / length. `heard` (C,): the classes that occur in the data; drawing the others keeps
-    a step on a CPU several times cheaper than the whole vocabulary, and still pushes them down."""
+    """Sum over utterances of CTC / length, over the batch's tokens, a sample of the other tokens of the data (`heard`,
+    (C,)) and a sample of the whole vocabulary: several times cheaper on a CPU, and all classes are pushed down in turn."""
     generator = torch.Generator().manual_seed(seed)
-    extra = torch.randint(len(model.directions), (EXTRA_CLASSES,), generator=generator)
-    classes = torch.cat([heard, extra]).unique().to(model.device)                          # (C',) sorted
+    mine = torch.tensor([token for target in targets for token in target])
+    others = heard[torch.randint(len(heard), (HEARD_CLASSES,), generator=generator)]
+    unheard = torch.randint(len(model.directions), (EXTRA_CLASSES,), generator=generator)
+    classes = torch.cat([mine, others, unheard]).unique().to(model.device)                 # (C',) sorted
     return model.bridge.ctc_loss(features, targets, classes, model.directions[classes]) * len(targets)
 
 

@@ -33,6 +33,7 @@ FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference"),
          "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
 CHECKPOINTS = ("align", "sft", "sft+", "kd", "opd", "rba", "rba+opd")
+NAMES = {"wins": "% wins against sft by log π_T", "WER": "WER of what was heard"}
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
 TRAINED_BY = {("instruct", "similarity"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
               ("instruct", "log π_T"): {"logp", "token"}, ("instruct", "wins"): {"logp", "token"}}
@@ -237,19 +238,19 @@ def cell(row, dagger):
 
 
 def table(rows, trained, lines):
-    """Markdown tables per condition, appended to `lines`; {system: rewards it was trained on} gives the daggers."""
-    columns = [(t, m) for t, m in dict.fromkeys((r["task"], r["metric"]) for r in rows) if m not in ("tokens", "WER")]
+    """Markdown tables per condition and task, appended to `lines`; {system: what it was trained on} gives the daggers."""
     for condition in dict.fromkeys(row["condition"] for row in rows):
         found = {(r["system"], r["task"], r["metric"]): r for r in rows if r["condition"] == condition}
         systems = list(dict.fromkeys(system for system, _, _ in found))
-        lines += [f"\n### {condition}\n", "| system | " + " | ".join(f"{t} {m}" for t, m in columns) + " | WER heard | tokens |",
-                  "|---" * (len(columns) + 3) + "|"]
-        for system in systems:
-            cells = [cell(found.get((system, t, m)), TRAINED_BY.get((t, m), set()) & set(trained.get(system, ()))) for t, m in columns]
-            for extra in ("WER", "tokens"):
-                own = [found[system, t, extra] for t in TASKS if (system, t, extra) in found]
-                cells.append(f"{sum(r['value'] * r['n'] for r in own) / sum(r['n'] for r in own):.1f}" if own else "–")
-            lines.append(f"| {system} | " + " | ".join(cells) + " |")
+        for task in (t for t in TASKS if any(t == own for _, own, _ in found)):
+            metrics = list(dict.fromkeys(m for _, t, m in found if t == task and m != "tokens"))
+            count = next(r["n"] for (_, t, _), r in found.items() if t == task)
+            lines += [f"\n### {condition}: {task} ({count} items)\n",
+                      f"| system | {' | '.join(NAMES.get(m, m) for m in metrics)} | tokens |", "|---" * (len(metrics) + 2) + "|"]
+            for system in systems:
+                cells = [cell(found.get((system, task, m)), TRAINED_BY.get((task, m), set()) & set(trained.get(system, ())))
+                         for m in metrics]
+                lines.append(f"| {system} | {' | '.join(cells)} | {found[system, task, 'tokens']['value']:.0f} |")
         lines += ["\n| difference to sft | " + " | ".join(f"{t} {m}" for t, m in PRIMARY.items()) + " | gap recovered |", "|---|---|---|---|"]
         for system in systems:
             own = [found.get((system, t, m), {}) for t, m in PRIMARY.items()]
