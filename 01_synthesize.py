@@ -34,7 +34,8 @@ from common import RATE, TASKS, UserError, derive_seed
 
 FLAGS = {"n-align": dict(type=int, help="utterances for *align*: speech and words"),
          "n-train": dict(type=int, help="items with answers, a third per task"),
-         "n-valid": dict(type=int, help="likewise"), "n-test": dict(type=int, help="likewise")}
+         "n-valid": dict(type=int, help="likewise"), "n-test": dict(type=int, help="likewise"),
+         "init": dict(help="bridge that 02 will start from, or none: its training texts are kept out of every split")}
 
 UNUSABLE = ("speakable", "length", "language")            # filters after which a text is good for nothing
 BATCH = 128                                               # user turns sampled per text batch
@@ -137,7 +138,7 @@ def write_texts(teacher, stream, batch, args):
         order, results = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
         for at in range(0, len(order), BATCH):
             chosen = order[at:at + BATCH]
-            with common.autocast(device), torch.inference_mode():
+            with common.autocast(llm), torch.inference_mode():
                 embeds = [table(torch.tensor(prompts[i], device=device)) for i in chosen]
                 found = common.sample(llm, embeds, end_id, max_new, seeds, temperature)
             for i, replies in zip(chosen, found):

@@ -80,7 +80,7 @@ def answer_nll(model, items, features=None, batch_size=16):
     """NLL of y_T per item, (N, 2): sum over its tokens, number of tokens; given the speech, or the text if `features`
     is None."""
     rows = []
-    with common.autocast(model.device):
+    with common.autocast(model.llm):
         for at in range(0, len(items), batch_size):
             chunk = items[at:at + batch_size]
             answers = [model.answer_ids(item["response"]) for item in chunk]
@@ -187,7 +187,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         for at in range(0, len(mine), MICRO if objective != "align" else batch_size):
             chunk = mine[at:at + (MICRO if objective != "align" else batch_size)]
             rows, sounds = [items[i] for i in chunk], [features[i] for i in chunk]
-            with common.autocast(model.device) if objective != "align" else torch.enable_grad():
+            with common.autocast(model.llm) if objective != "align" else torch.enable_grad():
                 if objective == "align":
                     loss = align_loss(model, sounds, [texts[i] for i in chunk], tokens,
                                       derive_seed(args.seed, "classes", step))

@@ -119,7 +119,7 @@ class Rewards:
 @torch.no_grad()
 def teacher_log_probs(model, teacher, items, answers):
     """log pi_T(y_t | x, p, y_<t): list of (L_i,) float32."""
-    with common.autocast(model.device):
+    with common.autocast(model.llm):
         return common.token_log_probs(*teacher.answer_states(items, answers)).split([len(y) for y in answers])
 
 
@@ -178,7 +178,7 @@ def rollout(model, items, features, args, name, step):
     -> samples: N lists of K (ids, ended), greedy: N (ids, ended) or None.
     """
     seeds = [[derive_seed(args.seed, name, step, item["id"], k) for k in range(args.k)] for item in items]
-    with torch.no_grad(), common.autocast(model.device):
+    with torch.no_grad(), common.autocast(model.llm):
         prompts = model.speech_prompts(features, [item["prompt"] for item in items])
         samples = common.sample(model.llm, prompts, model.end_id, args.max_new, seeds)
         greedy = common.sample(model.llm, prompts, model.end_id, args.max_new) if args.baseline == "greedy" else None
@@ -246,7 +246,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
             owners = [i for i in chunk for _ in range(k)]
             some = [answers[i * k + j] for i in chunk for j in range(k)]
             sizes, requests = [len(y) for y in some], [rows[i]["prompt"] for i in chunk]
-            with common.autocast(model.device):
+            with common.autocast(model.llm):
                 with torch.no_grad(), model.as_reference():
                     prompts = model.speech_prompts([sounds[i] for i in chunk], requests)
                     states = common.answer_states(model.llm, [prompts[i - at] for i in owners], some)

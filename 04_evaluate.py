@@ -83,7 +83,7 @@ def mean(sums, n):
 def judge(model, teacher, items, answers):
     """Mean log pi_T of each answer's tokens given the gold words: a judge that no sequence reward of `rba` is."""
     scores = []
-    with common.autocast(model.device):
+    with common.autocast(model.llm):
         for at in range(0, len(items), 16):
             ids = [model.answer_ids(answer[0]) for answer in answers[at:at + 16]]
             flat = common.token_log_probs(*teacher.answer_states(items[at:at + 16], ids))
@@ -150,7 +150,7 @@ def answer_texts(model, llm, prompts, max_new, batch_size=64, progress=None):
     answers = [None] * len(prompts)
     for at in range(0, len(order), batch_size):
         chosen = order[at:at + batch_size]
-        with common.autocast(model.device):
+        with common.autocast(model.llm):
             replies = common.sample(llm, [prompts[i] for i in chosen], model.end_id, max_new)
         for i, [(ids, ended)] in zip(chosen, replies):
             answers[i] = (model.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), ended)

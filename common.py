@@ -861,8 +861,10 @@ def speech_features(model, work, source, items, condition="clean", rank=0):
 
 
 # ------------------------------------------------------------------------------- log-probabilities and sampling
-def autocast(device):
-    return torch.autocast(device.type, native_dtype(), enabled=native_dtype() != torch.float32)
+def autocast(llm):
+    """Compute in the LLM's own precision; trained weights stay float32."""
+    weight = llm.get_input_embeddings().weight
+    return torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32)
 
 
 def _body_and_head(llm):
