@@ -32,20 +32,24 @@ FLAGS = {"objective": dict(help="align, sft or kd alone, from --init to --out"),
          "max-steps": dict(type=int, help="updates, for every objective run"),
          "batch-size": dict(type=int, help="utterances or sequences an update"),
          "lr": dict(type=float, help="peak learning rate")}
-MICRO = 8                                                 # sequences a forward pass; a power of the memory at hand
+MICRO = 8                                                 # sequences a forward pass of the LLM
 SAVE_EVERY = 25                                           # updates between resume files
 HEARD_CLASSES, EXTRA_CLASSES = 1024, 512                  # classes of the data, of all, drawn anew each align step
 
 
 # -------------------------------------------------------------------------------------------------- objectives
-def align_loss(model, features, targets, heard, seed):
-    """Sum over utterances of CTC / length, over the batch's tokens, a sample of the other tokens of the data (`heard`,
-    (C,)) and a sample of the whole vocabulary: several times cheaper on a CPU, and all classes are pushed down in turn."""
+def sample_classes(targets, heard, vocabulary, seed):
+    """Classes of one align step: the batch's tokens, a sample of the other tokens of the data (`heard`, (C,)) and a
+    sample of the whole vocabulary: several times cheaper on a CPU, and all classes are pushed down in turn."""
     generator = torch.Generator().manual_seed(seed)
     mine = torch.tensor([token for target in targets for token in target])
     others = heard[torch.randint(len(heard), (HEARD_CLASSES,), generator=generator)]
-    unheard = torch.randint(len(model.directions), (EXTRA_CLASSES,), generator=generator)
-    classes = torch.cat([mine, others, unheard]).unique().to(model.device)                 # (C',) sorted
+    unheard = torch.randint(vocabulary, (EXTRA_CLASSES,), generator=generator)
+    return torch.cat([mine, others, unheard]).unique()                                     # (C',) sorted
+
+
+def align_loss(model, features, targets, classes):
+    """Sum over utterances of CTC / length over the given classes (C',)."""
     return model.bridge.ctc_loss(features, targets, classes, model.directions[classes]) * len(targets)
 
 
@@ -138,7 +142,7 @@ def print_gap(report):
 # -------------------------------------------------------------------------------------------------- training
 def train(model, name, objective, init, steps, batch_size, lr, data, args, rank, world, teacher=None):
     """One objective from `init` (a checkpoint's path or none) to DIR/NAME.pt; resumes from NAME.resume.pt."""
-    work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
+    device, work, log, resume = model.device, args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
     items, features = data["align" if objective == "align" else "train"]
     if not items:
         raise UserError(f"{work / 'data'}: no items to train {name} on; run 01_synthesize.py with larger --n-align, --n-train")
@@ -183,14 +187,16 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         started = time.time()
         batch = common.batch_at(len(items), batch_size, step, args.seed, "items", len(parent.get("history", [])))
         scale = len(batch) if objective == "align" else sum(lengths[i] for i in batch)     # global, so that sums add up
+        classes = sample_classes([texts[i] for i in batch], tokens, len(model.directions),
+                                 derive_seed(args.seed, "classes", step)).to(device) if objective == "align" else None
         mine, total = sorted(batch[rank::world], key=lambda i: len(features[i])), 0.0
-        for at in range(0, len(mine), MICRO if objective != "align" else batch_size):
-            chunk = mine[at:at + (MICRO if objective != "align" else batch_size)]
+        micro = batch_size if objective == "align" else MICRO
+        for at in range(0, len(mine), micro):
+            chunk = mine[at:at + micro]
             rows, sounds = [items[i] for i in chunk], [features[i] for i in chunk]
             with common.autocast(model.llm) if objective != "align" else torch.enable_grad():
                 if objective == "align":
-                    loss = align_loss(model, sounds, [texts[i] for i in chunk], tokens,
-                                      derive_seed(args.seed, "classes", step))
+                    loss = align_loss(model, sounds, [texts[i] for i in chunk], classes)
                 elif objective == "sft":
                     loss = sft_loss(model, rows, sounds)
                 else:
