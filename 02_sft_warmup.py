@@ -157,8 +157,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         print(f"{name}: done already ({work / name}.pt)")
         return
     parent = model.load(init)
-    parameters = [p for n, p in model.trainable().items() if objective != "align" or n.startswith("bridge.")]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01 if objective == "align" else 0.0)
+    optimizer = common.make_optimizer(model, objective == "align")
     first, best = common.load_resume(resume, model, optimizer, log)
     texts = [model.tokenizer(item["text"], add_special_tokens=False).input_ids for item in items]
     tokens = torch.tensor(sorted({t for text in texts for t in text}))
@@ -203,9 +202,9 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
                     loss = kd_loss(model, teacher, rows, sounds)
                 loss = loss / scale
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         rate = common.learning_rate(step, steps, lr)
-        norm = common.optimizer_step(model, optimizer, rate)
+        norm = common.optimizer_step(optimizer, rate)
         total = sum(common.gather([total]))
         row = dict(step=step, loss=total, lr=rate, grad_norm=norm, seconds=round(time.time() - started, 3))
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:

@@ -203,7 +203,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     parent = model.load(init)
     model.freeze_reference()                              # pi_ref is the warm-up checkpoint
     rewards = Rewards(weights, model, teacher, args)
-    optimizer = torch.optim.AdamW(list(model.trainable().values()), lr=args.rl_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = common.make_optimizer(model)
     first, _ = common.load_resume(resume, model, optimizer, log)
     facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=parent.get("heard", []))
     l_max = args.max_new + 1                              # with the end token
@@ -259,12 +259,12 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
                               for (i, j), lp, t, r in zip(((i, j) for i in chunk for j in range(k)), log_probs, taught, reference)]
                 loss = policy_loss(log_probs, advantages, n, k, l_max)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
             kl += sum(float((lp.detach() - r).sum()) for lp, r in zip(log_probs, reference))
             entropy -= sum(float(lp.detach().sum()) for lp in log_probs)
             gap += sum(float((t - lp.detach()).sum()) for lp, t in zip(log_probs, taught)) if teacher else 0.0
         update_seconds = time.time() - started - rollout_seconds
-        norm = common.optimizer_step(model, optimizer, common.learning_rate(step, steps, args.rl_lr))
+        norm = common.optimizer_step(optimizer, common.learning_rate(step, steps, args.rl_lr))
         # ---- log
         tokens = sum(map(len, answers))
         sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, tokens)]))]

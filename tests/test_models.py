@@ -242,11 +242,11 @@ def test_one_sft_step_lowers_the_loss_and_kd_of_the_teacher_itself_is_zero(model
     sft = stage("02_sft_warmup")
     items = [dict(response="It is Paris.", prompt="", text=SENTENCES[0]), dict(response="Use salt.", prompt="", text=SENTENCES[1])]
     before = {name: p.detach().clone() for name, p in model.trainable().items()}
-    optimizer, losses = torch.optim.AdamW(model.trainable().values(), lr=1e-3), []
+    optimizer, losses = common.make_optimizer(model), []
     for _ in range(3):
         loss = sft.sft_loss(model, items, sounds[:2]) / 10
         loss.backward()
-        common.optimizer_step(model, optimizer, 1e-3)
+        common.optimizer_step(optimizer, 1e-3)
         losses.append(float(loss.detach()))
     with torch.no_grad():
         for name, p in model.trainable().items():
