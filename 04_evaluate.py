@@ -3,7 +3,7 @@
 [paper] instruction following, spoken question answering and speech-to-text translation, against distillation.
 [ours] the protocol:
 - Systems: `text` (LoRA off, gold words: the teacher where the two LLMs are one), `cascade` (Whisper's transcript, same
-  LLM), `align` (before any answer was seen), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds.
+  LLM), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds; any other NAME.pt likewise.
 - `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
   exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine of the embeddings, the teacher's mean
   log-likelihood of the answer given the gold words, and the win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU
@@ -32,7 +32,7 @@ from common import TASKS, UserError
 FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference"),
          "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
-CHECKPOINTS = ("align", "sft", "sft+", "kd", "opd", "rba", "rba+opd")
+CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked for by name, `align`
 NAMES = {"wins": "% wins against sft by log π_T", "WER": "WER of what was heard"}
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
 TRAINED_BY = {("instruct", "similarity"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
@@ -81,13 +81,16 @@ def mean(sums, n):
 
 @torch.inference_mode()
 def judge(model, teacher, items, answers):
-    """Mean log pi_T of each answer's tokens given the gold words: a judge that no sequence reward of `rba` is."""
-    scores = []
+    """Mean log pi_T of each `instruct` answer's tokens given the gold words (None elsewhere): a judge that is no default
+    reward of `rba`."""
+    scores, judged = [None] * len(items), [i for i, item in enumerate(items) if item["task"] == "instruct"]
     with common.autocast(model.llm):
-        for at in range(0, len(items), 16):
-            ids = [model.answer_ids(answer[0]) for answer in answers[at:at + 16]]
-            flat = common.token_log_probs(*teacher.answer_states(items[at:at + 16], ids))
-            scores += [float(part.mean()) for part in flat.split([len(y) for y in ids])]
+        for at in range(0, len(judged), 16):
+            chosen = judged[at:at + 16]
+            ids = [model.answer_ids(answers[i][0]) for i in chosen]
+            flat = common.token_log_probs(*teacher.answer_states([items[i] for i in chosen], ids))
+            for i, part in zip(chosen, flat.split([len(y) for y in ids])):
+                scores[i] = float(part.mean())
     return scores
 
 
@@ -167,9 +170,9 @@ def answers_of(model, llm, prompts, system, args):
 def available(args):
     """Systems to run, in the tables' order; UserError for one that has no checkpoint."""
     held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
-    held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
+    held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in (*held, "align") and "." not in p.stem)
     chosen = args.systems.split(",") if args.systems else held
-    missing = [name for name in chosen if name not in held]
+    missing = [name for name in chosen if name not in held and not (args.work / f"{name}.pt").exists()]
     if missing:
         raise UserError(f"--systems {missing[0]}: no {args.work / missing[0]}.pt; there are {', '.join(held)}")
     if not (set(held) - {"text", "cascade"}):
@@ -345,7 +348,7 @@ def main():
     table(rows, trained, lines)
     lines += ["\n† the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
               "References are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
-              "weights, is near 100 by construction), s2tt too, whatever its translations are worth. BLEU: "
+              "weights, is near 100 but where bfloat16 rounding parts two greedy paths), s2tt too, whatever its translations are worth. BLEU: "
               f"`{signature(sacrebleu.BLEU())}`, chrF: `{signature(sacrebleu.CHRF())}`."]
     common.write_text(args.work / f"results{suffix}.md", "\n".join(lines) + "\n")
     plot(rows, args.work / f"results{suffix}.png")

@@ -53,8 +53,8 @@ _EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whispe
                  lora_r=16, stack=4, condition="babble:5",
                  voices="piper-joe*30,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo")
 PRESETS = {
-    "tiny": _EMBEDDED | dict(n_align=96, n_train=60, n_valid=15, n_test=60, align_steps=12, align_batch=32,
-                             align_lr=3e-4, sft_steps=12, batch_size=16, lr=3e-4, rl_steps=8, rl_prompts=4,
+    "tiny": _EMBEDDED | dict(n_align=64, n_train=48, n_valid=12, n_test=45, align_steps=8, align_batch=32,
+                             align_lr=3e-4, sft_steps=10, batch_size=16, lr=3e-4, rl_steps=6, rl_prompts=4,
                              rl_lr=2e-4),
     "small": _EMBEDDED | dict(n_align=6000, n_train=3000, n_valid=200, n_test=900, align_steps=3000, align_batch=32,
                               align_lr=1e-3, sft_steps=200, batch_size=16, lr=3e-4, rl_steps=150, rl_prompts=8,
@@ -905,8 +905,31 @@ def token_log_probs(llm, states, ids):
     return by_chunks(chunk, states, ids)
 
 
-@torch.inference_mode()
-def sample(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
+@contextlib.contextmanager
+def merged_lora(llm):
+    """LoRA added into the weights while sampling, which makes a step on a CPU a third faster; the weights are then put
+    back bit by bit. Nothing to do for an LLM without LoRA, or with LoRA off."""
+    from peft.tuners.lora import LoraLayer
+    layers = [layer for layer in llm.modules() if isinstance(layer, LoraLayer) and not layer.disable_adapters]
+    kept = [layer.base_layer.weight.clone() for layer in layers]
+    if layers:
+        llm.merge_adapter()
+    try:
+        yield
+    finally:
+        if layers:
+            llm.unmerge_adapter()
+        for layer, weight in zip(layers, kept):
+            layer.base_layer.weight.copy_(weight)
+
+
+def sample(llm, *args, **options):
+    """`decode` with LoRA merged."""
+    with torch.inference_mode(), merged_lora(llm):
+        return decode(llm, *args, **options)
+
+
+def decode(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
     """Continue N prompts, each len(seeds[i]) times: list of N (T_i, d) -> list of N lists of (ids, ended).
 
     Every prompt is prefilled once and its cache repeated for its samples; rows that have ended leave the batch. A

@@ -74,7 +74,7 @@ def test_checkpoints_logs_and_plots(work):
 def test_the_evaluation(work):
     results = json.loads((work / "results.json").read_text())
     rows = {(r["condition"], r["system"], r["task"], r["metric"]): r for r in results["rows"]}
-    assert {s for _, s, _, _ in rows} == {"text", "cascade", "align", "sft", "kd", "sft+", "rba", "rba+opd"}
+    assert {s for _, s, _, _ in rows} == {"text", "cascade", "sft", "kd", "sft+", "rba", "rba+opd"}
     assert rows["clean", "text", "sqa", "accuracy"]["value"] >= 50    # the teacher says again what it said
     assert all(r["low"] <= r["value"] + 1e-9 and r["value"] <= r["high"] + 1e-9 for r in rows.values())
     text = (work / "results.md").read_text()
