@@ -96,13 +96,19 @@ def test_running_again_changes_nothing(work):
     assert [p.name for p in before if before[p] != after.get(p)] == []
 
 
-def test_a_killed_training_goes_on_step_by_step(work):
-    flags = ["--work", work, "--objective", "sft", "--init", work / "align.pt", "--max-steps", 8, "--batch-size", 2]
+@pytest.fixture(scope="module")
+def flags(work):
+    """An undisturbed run in one process, `whole`, and the flags that made it."""
+    flags = ["--work", work, "--objective", "sft", "--max-steps", 6, "--batch-size", 4]
     script("02_sft_warmup.py", *flags, "--out", "whole")
+    return flags
+
+
+def test_a_killed_training_goes_on_step_by_step(work, flags):
     log = work / "logs" / "cut.jsonl"
     process = subprocess.Popen([sys.executable, str(ROOT / "02_sft_warmup.py"), *map(str, flags), "--out", "cut"], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 4):
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -110,7 +116,7 @@ def test_a_killed_training_goes_on_step_by_step(work):
     script("02_sft_warmup.py", *flags, "--out", "cut")
     losses = [[(row["step"], pytest.approx(row["loss"], rel=1e-4)) for row in common.read_jsonl(work / "logs" / f"{n}.jsonl")]
               for n in ("whole", "cut")]
-    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def test_ask_prints_every_systems_answer(work):
@@ -119,14 +125,12 @@ def test_ask_prints_every_systems_answer(work):
     assert all(f"{name} |" in out for name in ("cascade", "sft", "kd", "rba"))
 
 
-def test_two_processes_train_like_one(work):
-    flags = ["--work", work, "--objective", "sft", "--init", work / "align.pt", "--max-steps", 2, "--batch-size", 4]
-    script("02_sft_warmup.py", *flags, "--out", "one")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611",
+def test_two_processes_train_like_one(work, flags):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(ROOT / "02_sft_warmup.py"), *map(str, flags), "--out", "two"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    for a, b in zip(*(common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("one", "two"))):
-        assert b["loss"] == pytest.approx(a["loss"], rel=0.01) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.05)
+    for a, b in zip(*(common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("whole", "two"))):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------- one-line errors
