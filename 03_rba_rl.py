@@ -23,7 +23,6 @@ import json
 import math
 import re
 import time
-from collections import Counter
 
 import sacrebleu
 import torch
@@ -44,17 +43,10 @@ MICRO = 8                                                 # sequences a forward 
 
 
 # ------------------------------------------------------------------------------------------------------ rewards
-def token_f1(answer, reference):
-    """F1 of the words two texts share, after Whisper's English normaliser. [ours]"""
-    said, wanted = (common.normalise(text).split() for text in (answer, reference))
-    shared = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
-
-
 def task_reward(item, answer):
     """Token F1 (best alias) for sqa, sentence chrF / 100 for s2tt, none (NaN) for instruct. arXiv 2509.16990 used BLEU."""
     if item["task"] == "sqa":
-        return max(token_f1(answer, reference) for reference in item["reference"])
+        return max(common.token_f1(answer, reference) for reference in item["reference"])
     if item["task"] == "s2tt":
         return sacrebleu.sentence_chrf(answer, item["reference"]).score / 100
     return math.nan

@@ -50,12 +50,6 @@ def is_contained(reference, answer):
     return bool(wanted) and any(said[i:i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
 
 
-def f1(reference, answer):
-    wanted, said = words(reference), words(answer)
-    shared = sum((Counter(wanted) & Counter(said)).values())
-    return 2 * shared / (len(wanted) + len(said)) if shared else 0.0
-
-
 def corpus_statistics(metric, answers, references):
     """sacrebleu's sufficient statistics, a row per item: their sums over items give the corpus score."""
     columns = [list(column) for column in zip(*references)]
@@ -106,7 +100,7 @@ def measure(items, answers, heard, scores, embed):
             pairs = list(zip(gold, said))
             per_item = {"accuracy": [100 * any(is_contained(r, a) for r in refs) for refs, a in pairs],
                         "exact match": [100 * any(words(r) == words(a) for r in refs) for refs, a in pairs],
-                        "F1": [100 * max(f1(r, a) for r in refs) for refs, a in pairs]}
+                        "F1": [100 * max(common.token_f1(a, r) for r in refs) for refs, a in pairs]}
         elif task == "instruct":
             both = embed([*said, *(refs[0] for refs in gold)])
             per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)],
