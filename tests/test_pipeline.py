@@ -129,8 +129,11 @@ def test_two_processes_train_like_one(work, flags):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(ROOT / "02_sft_warmup.py"), *map(str, flags), "--out", "two"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    for a, b in zip(*(common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("whole", "two"))):
-        assert b["loss"] == pytest.approx(a["loss"], rel=0.02) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.1)
+    one, two = (common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("whole", "two"))
+    assert len(one) == len(two) == 6
+    for name, close in (("loss", 2e-3), ("grad_norm", 1e-2)):   # same weights, same batch: bfloat16's order of sums apart
+        assert two[0][name] == pytest.approx(one[0][name], rel=close)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0.03)   # then roundings add up
 
 
 # ----------------------------------------------------------------------------------------------------- one-line errors
