@@ -6,12 +6,14 @@ How it is done here is [ours]:
    (T = 1, no truncation). For `sqa` and `s2tt` the turn's first words are given, with T = 0.8.
 2. The teacher answers greedily under the one system turn; for `sqa` it then names the short answer in its own answer.
 3. Text that can't be spoken, near duplicates and answers that were cut are filtered; a funnel counts all of it.
-4. Speech: a voice, speed, pitch, disfluency and acoustic condition per item, all drawn from the item's own seed.
-5. Whisper transcribes; an item over the WER bound leaves `train` and `valid`. The test split stands twice: `test`
-   with the bound, `test_all` without.
-6. What can't be answered well (cut answers, no short answer) goes to `align`, which needs speech and words only.
+4. Speech: a voice, speed, pitch and disfluency per item, all drawn from the item's own seed. Whisper transcribes; an
+   item over the WER bound leaves `train` and `valid`: the voice did not say the words. The test split stands twice:
+   `test` with the bound, `test_all` without.
+5. After that check, `train` and `valid` get an acoustic condition each (half of them noise, reverberation or a narrow band):
+   the variable speech that alignment has to learn from. `test` stays clean, for 04 to disturb; half of it is spoken by
+   voices that occur nowhere else.
 
-Reads nothing. Writes DIR/data/: {align,train,valid,test,test_all}.jsonl, audio/*.wav, card.md, funnel.json, config.json.
+Reads nothing. Writes DIR/data/: {train,valid,test,test_all}.jsonl, audio/*.wav, card.md, funnel.json, config.json.
 The unit of work is a numbered batch seeded by (seed, stream, batch): kills and processes do not change the data.
 
     python 01_synthesize.py                                       one process
@@ -32,22 +34,19 @@ from tqdm import tqdm
 import common
 from common import RATE, TASKS, UserError, derive_seed
 
-FLAGS = {"n-align": dict(type=int, help="utterances for *align*: speech and words"),
-         "n-train": dict(type=int, help="items with answers, a third per task"),
-         "n-valid": dict(type=int, help="likewise"), "n-test": dict(type=int, help="likewise"),
-         "init": dict(help="bridge that 02 will start from, or none: its training texts are kept out of every split")}
+FLAGS = {"n-train": dict(type=int, help="items, a third per task"), "n-valid": dict(type=int, help="likewise"),
+         "n-test": dict(type=int, help="likewise")}
 
-UNUSABLE = ("speakable", "length", "language")            # filters after which a text is good for nothing
 BATCH = 128                                               # user turns sampled per text batch
 SPEECH_BATCH = 32                                         # utterances per speech batch
-POOL = 1.3                                                # items with answers per item wanted, for the WER bound
+POOL = 1.5                                                # items per item wanted, for the WER bound
 REQUESTS = {"instruct": "", "sqa": "Answer in one short sentence.", "s2tt": "Translate what I said into {language}."}
 # What stands before the sampled words: a system turn (None: the template's own) and the turn's first words. Openers
 # are bare question words: no question, answer or entity stands in this file.
 QUIZ = ("You are a quiz expert. The user asks a short trivia question about geography, science, history, nature or "
         "everyday things, and you answer it with one word or one name.")
 OPENERS = ("What is the", "Who", "Which", "Where is", "What is the name of", "What", "In which country", "Who was the")
-CONDITIONS = (("clean", 5), ("noise:{:.0f}", 2, 10, 30), ("reverb:{:.2f}", 2, 0.2, 0.5), ("band:{:.0f}", 1, 2500, 5000))
+CONDITIONS = (("clean", 3), ("noise:{:.0f}", 1, 0, 20), ("reverb:{:.2f}", 1, 0.3, 0.9), ("band:{:.0f}", 1, 700, 3000))
 
 
 # ------------------------------------------------------------------------------------------------ text filters
@@ -71,17 +70,12 @@ def is_english(text):
     return len(words) > 0 and sum(word in common_words for word in words) >= len(words) / 5
 
 
-def first_sentence(text):
-    found = re.match(r"[^.?!]+[.?!]", text)
-    return found.group(0).strip() if found else ""
-
-
 class Unlike:
-    """Keeps the rows whose text is usable, unknown to the bridge that the run starts from, and no near duplicate of an
-    earlier row's: word bigrams that overlap by Jaccard >= threshold."""
+    """Keeps the rows that passed every filter and are no near duplicate of an earlier one: word bigrams that overlap by
+    Jaccard >= threshold."""
 
-    def __init__(self, known=(), threshold=0.7):
-        self.known, self.threshold, self.holders, self.sizes, self.rows = set(known), threshold, {}, [], []
+    def __init__(self, threshold=0.7):
+        self.threshold, self.holders, self.sizes, self.rows = threshold, {}, [], []
 
     def twin(self, text):
         """Index of an earlier text that is a near duplicate, or None; the text is added if there is none."""
@@ -97,10 +91,7 @@ class Unlike:
         return None
 
     def add(self, rows):
-        for row in rows:
-            if (row["dropped"] not in UNUSABLE and common.text_hash(row["text"]) not in self.known
-                    and self.twin(row["text"]) is None):
-                self.rows.append(row)
+        self.rows += [row for row in rows if not row["dropped"] and self.twin(row["text"]) is None]
 
 
 def short_answer(question, answer, continuation):
@@ -117,12 +108,11 @@ def short_answer(question, answer, continuation):
 
 # ----------------------------------------------------------------------------------- 1, 2: instructions, answers
 def write_texts(teacher, stream, batch, args):
-    """One numbered batch of a stream (a task, or `words`: user turns for *align* alone) -> list of rows.
+    """One numbered batch of a stream (a task) -> list of rows.
 
     A row: id, task, text, response, reference, ended, and `dropped`, the first filter it failed ("" if none).
     """
     tokenizer, llm, device = teacher
-    with_answers = stream in TASKS
     system, opener, temperature = None, "", 1.0
     if stream == "sqa":
         system, opener, temperature = QUIZ, OPENERS[batch % len(OPENERS)], 0.8
@@ -151,15 +141,13 @@ def write_texts(teacher, stream, batch, args):
         text = said.split('"')[0].strip() if stream == "s2tt" else (opener + said).strip()
         if stream == "s2tt":
             ended = '"' in said                           # the quotation's end is the sentence's end
-        elif not ended:
-            text = first_sentence(text)                   # still good for *align*
-        checks = (("speakable", is_speakable(text)), ("length", has_length(text)), ("language", is_english(text)),
-                  ("ended", ended), ("form", {"sqa": text.endswith("?"), "s2tt": text.endswith((".", "?", "!"))
+        checks = (("ended", ended), ("speakable", is_speakable(text)), ("length", has_length(text)),
+                  ("language", is_english(text)), ("form", {"sqa": text.endswith("?"), "s2tt": text.endswith((".", "?", "!"))
                                               and text[:1].isupper()}.get(stream, True)))
         rows.append(dict(id=f"{stream}-{batch:04d}-{number:03d}", task=stream, text=text, response="", reference=[],
                          ended=False, dropped=next((name for name, passed in checks if not passed), "")))
-    asked = [row for row in rows if with_answers and not row["dropped"]]
-    prompt = REQUESTS.get(stream, "").format(language=args.language)
+    asked = [row for row in rows if not row["dropped"]]
+    prompt = REQUESTS[stream].format(language=args.language)
     before, after, _ = common.chat_parts(tokenizer, prompt)
     prompts = [before + tokenizer(row["text"], add_special_tokens=False).input_ids + after for row in asked]
     for row, [(answer, ended)] in zip(asked, continuations(prompts, args.max_new)):
@@ -177,29 +165,27 @@ def write_texts(teacher, stream, batch, args):
     return rows
 
 
-def read_streams(args, teacher, known, rank, world):
-    """Text batches of every stream, in order, until each has what its splits need; kept in data/batches/.
-    -> (all rows, the unlike ones among them). `known`: hashes of texts that may stand in no split.
+def read_streams(args, teacher, rank, world):
+    """Text batches of every task, in order, until each has what its splits need; kept in data/batches/.
+    -> (all rows, the unlike ones among them).
 
     Where a stream stops depends on its batches alone, not on how many processes wrote them.
     """
     folder = args.work / "data" / "batches"
-    per_task = math.ceil(((args.n_train + args.n_valid) * POOL + args.n_test) / len(TASKS))
-    rows, unlike = [], Unlike(known)
-    for stream in (*TASKS, "words"):
+    wanted = math.ceil(((args.n_train + args.n_valid) * POOL + args.n_test) / len(TASKS))
+    rows, unlike = [], Unlike()
+    for stream in TASKS:
         batch, useless, last = 0, 0, None
-        with tqdm(desc=f"write {stream}", unit="item", disable=rank > 0,
-                  total=args.n_align if stream == "words" else per_task) as bar:
+        with tqdm(desc=f"write {stream}", unit="item", disable=rank > 0, total=wanted) as bar:
             while True:
-                have = sum(good_for_align(row) if stream == "words" else row["task"] == stream and not row["dropped"]
-                           for row in unlike.rows)
-                bar.update(min(have, bar.total) - bar.n)
-                if have >= bar.total:
+                have = sum(row["task"] == stream for row in unlike.rows)
+                bar.update(min(have, wanted) - bar.n)
+                if have >= wanted:
                     break
                 useless = useless + 1 if have == last else 0
                 if useless == 20:
                     raise UserError(f"{args.teacher}: 20 batches of {stream} in a row gave no new item; the filters drop "
-                                    "all of it; choose another teacher or smaller --n-train/--n-test/--n-align")
+                                    "all of it; choose another teacher or smaller --n-train/--n-test")
                 last = have
                 if batch % world == 0:                    # a round: one batch per process
                     path = folder / f"{stream}-{batch + rank:04d}.jsonl"
@@ -213,10 +199,6 @@ def read_streams(args, teacher, known, rank, world):
     return rows, unlike.rows
 
 
-def good_for_align(row):
-    return row["dropped"] not in ("", "form") or row["task"] == "words"
-
-
 def assign_splits(rows, args):
     """Unlike rows -> {split: rows}: no text, nor a near duplicate of it, stands in two splits.
 
@@ -225,15 +207,12 @@ def assign_splits(rows, args):
     chooser = random.Random(derive_seed(args.seed, "splits"))
     splits = {split: [] for split in common.SPLITS}
     for task in TASKS:
-        answered = [row for row in rows if row["task"] == task and not row["dropped"]]
+        answered = [row for row in rows if row["task"] == task]
         chooser.shuffle(answered)
         for split, wanted in (("test", args.n_test), ("valid", args.n_valid * POOL), ("train", args.n_train * POOL)):
             share = math.ceil(wanted / len(TASKS))
             splits[split] += answered[:share]
             answered = answered[share:]
-    spare = [row for row in rows if good_for_align(row)]
-    chooser.shuffle(spare)
-    splits["align"] = spare[:args.n_align]
     return splits
 
 
@@ -241,8 +220,10 @@ def assign_splits(rows, args):
 class Voices:
     """Text -> speech of a named voice: `piper-NAME`, `kokoro-STYLE`. Deterministic (Piper's noise is off)."""
 
+    loaded = {}                                           # engines, shared by all instances
+
     def __init__(self, spec):
-        self.names, self.weights, self.loaded = [], [], {}
+        self.names, self.weights = [], []
         for entry in spec.split(","):
             name, _, weight = entry.partition("*")
             if not name.startswith(("piper-", "kokoro-")) and not Path(name).is_file():
@@ -269,46 +250,46 @@ class Voices:
         return np.concatenate([c.audio_float_array for c in engine.synthesize(text, quiet)]), engine.config.sample_rate
 
 
-def speak(voices, item):
-    """Item -> (waveform (samples,) at 16 kHz, voice, perturbation), all drawn from the item's seed.
+def speak(voices, unheard, item):
+    """Item -> (speech (samples,) at 16 kHz without any acoustic condition, voice, condition, description), all drawn from
+    the item's seed. Every other test item is spoken by one of the `unheard` voices.
 
     Pitch: spoken at speed v/r and resampled by r, so that the speed heard is v. A pause or filler is spoken, but x
     stays as the teacher wrote it.
     """
-    rng = random.Random(item["seed"])
+    rng, test = random.Random(item["seed"]), item["split"] == "test"
+    if test and rng.random() < 0.5:
+        voices = unheard
     voice = rng.choices(voices.names, voices.weights)[0]
-    speed, pitch = rng.uniform(0.85, 1.2), 2 ** (rng.uniform(-2, 2) / 12)
+    speed, pitch = rng.uniform(0.85, 1.25), 2 ** (rng.uniform(-2, 2) / 12)
     kinds, weights = zip(*((c[:1] + c[2:], c[1]) for c in CONDITIONS))
     form, *bounds = rng.choices(kinds, weights)[0]
-    condition = form.format(rng.uniform(*bounds)) if bounds else form
+    condition = "clean" if test else form.format(rng.uniform(*bounds)) if bounds else form
     words, filler = item["text"].split(), ""
     if rng.random() < 0.2 and len(words) > 3:
         at, filler = rng.randrange(1, len(words) - 1), rng.choice((",", ", um,", ", uh,"))
         words[at] = words[at].rstrip(",") + filler
     wave, rate = voices.say(voice, " ".join(words), speed / pitch)
     wave = torchaudio.functional.resample(torch.from_numpy(np.asarray(wave, np.float32)), int(rate * pitch) // 50 * 50, RATE)
-    wave = common.perturb(wave, condition, item["seed"]) * 0.9
     described = f"{condition} speed:{speed:.2f} pitch:{12 * math.log2(pitch):+.1f}" + (" filler" if filler else "")
-    return wave, voice, described
+    return wave * 0.9, voice, condition, described
 
 
-def write_speech(items, voices, asr, args):
-    """Speak a batch of items, write their wavs and transcribe all but *align* (which is too many for a CPU and needs
-    no reference): items with audio, seconds, voice, perturbation, transcript, wer."""
+def write_speech(items, voices, unheard, asr, args):
+    """Speak a batch of items, let Whisper check the speech, and write it under its acoustic condition: items with audio,
+    seconds, voice, perturbation, transcript and wer (both of the check)."""
     waves = []
     for item in items:
-        wave, item["voice"], item["perturbation"] = speak(voices, item)
+        wave, item["voice"], condition, item["perturbation"] = speak(voices, unheard, item)
         item["audio"], item["seconds"] = f"audio/{item['id']}.wav", round(len(wave) / RATE, 3)
+        disturbed = common.perturb(wave, condition, item["seed"])
         common.write_atomic(args.work / "data" / item["audio"],
-                            lambda path: soundfile.write(path, wave.numpy(), RATE, "PCM_16", format="WAV"))
+                            lambda path: soundfile.write(path, disturbed.numpy(), RATE, "PCM_16", format="WAV"))
         waves.append(wave)
-    heard = [i for i, item in enumerate(items) if item["split"] != "align" and item["seconds"] <= args.max_seconds]
-    texts = common.transcribe(asr(), [waves[i] for i in heard], window=min(30.0, args.max_seconds + 3))
-    for item in items:
-        item["transcript"], item["wer"] = None, None
-    for i, text in zip(heard, texts):
-        errors, words = common.word_errors(items[i]["text"], text)
-        items[i]["transcript"], items[i]["wer"] = text, round(errors / words, 4)
+    short = [i for i, item in enumerate(items) if item["seconds"] <= args.max_seconds]
+    for i, heard in zip(short, common.listen(asr(), [waves[i] for i in short], args.max_seconds + 3)):
+        errors, words = common.word_errors(items[i]["text"], heard["text"])
+        items[i]["transcript"], items[i]["wer"] = heard["text"], round(errors / words, 4)
     return items
 
 
@@ -317,22 +298,23 @@ def write_card(path, splits, spoken, funnel, args):
     """data/card.md: what somebody needs to know before training on these files. Returns it without the sample rows."""
     lines = [f"# Data card\n\nWritten by 01_synthesize.py: preset `{args.preset}`, seed {args.seed}, teacher "
              f"`{args.teacher}`. Nothing here was written, spoken or checked by a person.\n",
-             "| split | " + " | ".join(TASKS) + " | words | items | hours | words per utterance | answers | words per answer |",
-             "|---" * (len(TASKS) + 7) + "|"]
+             "| split | " + " | ".join(TASKS) + " | items | hours | words per utterance | answers | words per answer |",
+             "|---" * (len(TASKS) + 6) + "|"]
     for split, rows in splits.items():
         tasks = Counter(row["task"] for row in rows)
         spoken_words = sum(len(row["text"].split()) for row in rows)
-        answers = [len(row["response"].split()) for row in rows if row["ended"]]
-        lines.append(f"| {split} | " + " | ".join(str(tasks[t]) for t in (*TASKS, "words")) + f" | {len(rows)} | "
+        answers = [len(row["response"].split()) for row in rows]
+        lines.append(f"| {split} | " + " | ".join(str(tasks[t]) for t in TASKS) + f" | {len(rows)} | "
                      f"{sum(row['seconds'] for row in rows) / 3600:.2f} | {spoken_words / max(1, len(rows)):.1f} | {len(answers)} | "
                      f"{sum(answers) / max(1, len(answers)):.1f} |")
-    lines += ["\n`test_all` is the test split before the WER bound, `test` after it; `align` is speech and words only.\n",
-              "## Voices\n\n| voice | utterances | hours | transcribed | WER of Whisper, before the bound |", "|---|---|---|---|---|"]
+    lines += ["\n`test_all` is the test split before the WER bound, `test` after it.\n",
+              "## Voices\n\n| voice | splits | utterances | hours | WER of Whisper on the speech itself, before the bound |",
+             "|---" * 5 + "|"]
     for voice in sorted({item["voice"] for item in spoken}):
         own = [item for item in spoken if item["voice"] == voice]
-        checked = [common.word_errors(item["text"], item["transcript"]) for item in own if item["transcript"] is not None]
-        wer = f"{sum(e for e, _ in checked) / max(1, sum(n for _, n in checked)):.3f}" if checked else "–"
-        lines.append(f"| {voice} | {len(own)} | {sum(i['seconds'] for i in own) / 3600:.2f} | {len(checked)} | {wer} |")
+        errors, words = map(sum, zip(*(common.word_errors(item["text"], item["transcript"]) for item in own)))
+        where = ", ".join(split for split in common.SPLITS if any(item["split"] == split for item in own))
+        lines.append(f"| {voice} | {where} | {len(own)} | {sum(i['seconds'] for i in own) / 3600:.2f} | {errors / words:.3f} |")
     lines += ["\n## Funnel\n\nSampled user turns, and what each filter in turn dropped.\n",
               "| stream | " + " | ".join(next(iter(funnel.values()))) + " |", "|---" * (1 + len(next(iter(funnel.values())))) + "|"]
     lines += [f"| {stream} | " + " | ".join(map(str, counts.values())) + " |" for stream, counts in funnel.items()]
@@ -350,13 +332,11 @@ def main():
         if getattr(args, name) < len(TASKS):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {len(TASKS)}, one per task")
     rank, world, device = common.setup_processes()
-    known = () if args.init == "none" else common.load_checkpoint(args.init, "rba-speechlm-1")["heard"]
     data = args.work / "data"
-    keys = ("preset", "seed", "teacher", "whisper", "voices", "language", "instruction_tokens", "max_new", "max_seconds",
-            "wer_bound", "n_align", "n_train", "n_valid", "n_test")
+    keys = ("preset", "seed", "teacher", "whisper", "voices", "unheard_voices", "language", "instruction_tokens", "max_new", "max_seconds",
+            "wer_bound", "n_train", "n_valid", "n_test")
     if rank == 0:
-        common.record_config(data / "config.json", {key: getattr(args, key) for key in keys} |
-                             {"init": common.fingerprint(args.init)})
+        common.record_config(data / "config.json", {key: getattr(args, key) for key in keys})
     common.barrier()
     loaded = {}
 
@@ -372,17 +352,17 @@ def main():
         return loaded["asr"]
 
     # ---- 1, 2: instructions and answers; filters; splits
-    voices = Voices(args.voices)
-    rows, unlike = read_streams(args, teacher, known, rank, world)
+    voices, unheard = Voices(args.voices), Voices(args.unheard_voices)
+    rows, unlike = read_streams(args, teacher, rank, world)
     splits = assign_splits(unlike, args)
     items = []
     for split, chosen in splits.items():
         for row in chosen:
-            prompt = REQUESTS.get(row["task"], "").format(language=args.language)
+            prompt = REQUESTS[row["task"]].format(language=args.language)
             language = args.language if row["task"] == "s2tt" else "English"
             items.append(dict(id=row["id"], split=split, task=row["task"], language=language, text=row["text"],
                               prompt=prompt, response=row["response"], reference=row["reference"], audio="", seconds=0.0,
-                              voice="", perturbation="", transcript=None, wer=None, ended=row["ended"],
+                              voice="", perturbation="", transcript="", wer=1.0, ended=row["ended"],
                               seed=derive_seed(args.seed, row["id"]), teacher=args.teacher))
 
     # ---- 3, 4: speech and its check, in numbered batches
@@ -391,7 +371,7 @@ def main():
         for batch, at in enumerate(range(0, len(items), SPEECH_BATCH)):
             path = data / "batches" / f"speech-{batch:04d}.jsonl"
             if batch % world == rank and not path.exists():
-                common.write_jsonl(path, write_speech(items[at:at + SPEECH_BATCH], voices, asr, args))
+                common.write_jsonl(path, write_speech(items[at:at + SPEECH_BATCH], voices, unheard, asr, args))
             bar.update(min(SPEECH_BATCH, len(items) - at))
     common.barrier()
     if rank:
@@ -402,7 +382,7 @@ def main():
     # ---- 5: splits after the bound, funnel, card
     too_long = [item for item in spoken if item["seconds"] > args.max_seconds]
     spoken = [item for item in spoken if item["seconds"] <= args.max_seconds]
-    clear = [item for item in spoken if item["split"] == "align" or item["wer"] <= args.wer_bound]
+    clear = [item for item in spoken if item["wer"] <= args.wer_bound]
     final = {"test_all": [item for item in spoken if item["split"] == "test"]}
     for split in common.SPLITS:
         own = [item for item in clear if item["split"] == split]
@@ -418,16 +398,16 @@ def main():
              "answer ended": "answer cut", "answer speakable": "answer not speakable", "short answer": "no short answer"}
     kept_ids, used = {row["id"] for row in unlike}, {item["id"] for own in final.values() for item in own}
     funnel = {}
-    for stream in (*TASKS, "words"):
+    for stream in TASKS:
         own = [row for row in rows if row["task"] == stream]
         counts = {"sampled": len(own)} | {label: sum(row["dropped"] == key for row in own) for key, label in names.items()}
-        counts["near duplicate or known"] = sum(row["dropped"] not in UNUSABLE and row["id"] not in kept_ids for row in own)
+        counts["near duplicate"] = sum(not row["dropped"] and row["id"] not in kept_ids for row in own)
         counts["too long to hear"] = sum(item["task"] == stream for item in too_long)
         counts["over the WER bound"] = sum(item["task"] == stream and item["id"] not in clear_ids for item in spoken)
         counts["in a split"] = sum(row["id"] in used for row in own)
         funnel[stream] = counts
     common.write_json(data / "funnel.json", funnel)
-    answered = [row for row in rows if row["task"] in TASKS and row["response"]]
+    answered = [row for row in rows if row["response"]]
     print(write_card(data / "card.md", final, spoken, funnel, args))
     print(f"answers that ended within {args.max_new} tokens: {sum(r['ended'] for r in answered)} of {len(answered)}; "
           f"card: {data / 'card.md'}")

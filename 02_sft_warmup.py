@@ -2,15 +2,14 @@
 
 [paper] the SpeechLM is trained on self-generated data before reinforcement learning, and compared with "conventional
 distillation". The objectives [ours], each on the teacher's own answers y_T:
-- align: CTC of the bridge against the words x, on a split of its own (our assembled SpeechLM only).
 - sft:   -log pi_theta(y_T | s, p): sequence-level distillation; with RBA's budget, from sft.pt: the baseline `sft+`.
 - kd:    sum_t KL(pi_T(. | x, p, y_T,<t) || pi_theta(. | s, p, y_T,<t)) on y_T's positions: token-level distillation.
 
-Without --objective: align.pt (from --init) -> prints the speech-text gap on train and valid -> sft.pt -> kd.pt, sft+.pt
-(both from sft.pt, with the budget of the preset's RBA run: updates x sampled responses).
+Without --objective: prints the speech-text gap on train and valid -> sft.pt -> kd.pt, sft+.pt (both from sft.pt, with the
+budget of the preset's RBA run: updates x sampled responses).
 
-Reads DIR/data. Writes DIR/NAME.pt (the last update, for align the best on valid), NAME.best.pt, NAME.config.json,
-logs/NAME.jsonl, gap.json.
+Reads DIR/data. Writes DIR/NAME.pt (the last update), NAME.best.pt (the best on valid), NAME.config.json,
+logs/NAME.jsonl, gap.json; heard/ keeps what Whisper made of the speech.
 
     python 02_sft_warmup.py                                       one process
     torchrun --nproc_per_node 8 02_sft_warmup.py --preset small   one node: the same gradients
@@ -24,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import UserError, derive_seed
+from common import UserError
 
-FLAGS = {"objective": dict(help="align, sft or kd alone, from --init to --out"),
+FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
          "init": dict(help="checkpoint to start from, or none"),
          "out": dict(help="name of the checkpoint written with --objective"),
          "max-steps": dict(type=int, help="updates, for every objective run"),
@@ -34,29 +33,13 @@ FLAGS = {"objective": dict(help="align, sft or kd alone, from --init to --out"),
          "lr": dict(type=float, help="peak learning rate")}
 MICRO = 8                                                 # sequences a forward pass of the LLM
 SAVE_EVERY = 25                                           # updates between resume files
-HEARD_CLASSES, EXTRA_CLASSES = 1024, 512                  # classes of the data, of all, drawn anew each align step
 
 
 # -------------------------------------------------------------------------------------------------- objectives
-def sample_classes(targets, heard, vocabulary, seed):
-    """Classes of one align step: the batch's tokens, a sample of the other tokens of the data (`heard`, (C,)) and a
-    sample of the whole vocabulary: several times cheaper on a CPU, and all classes are pushed down in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    mine = torch.tensor([token for target in targets for token in target])
-    others = heard[torch.randint(len(heard), (HEARD_CLASSES,), generator=generator)]
-    unheard = torch.randint(vocabulary, (EXTRA_CLASSES,), generator=generator)
-    return torch.cat([mine, others, unheard]).unique()                                     # (C',) sorted
-
-
-def align_loss(model, features, targets, classes):
-    """Sum over utterances of CTC / length over the given classes (C',)."""
-    return model.bridge.ctc_loss(features, targets, classes, model.directions[classes]) * len(targets)
-
-
-def sft_loss(model, items, features):
+def sft_loss(model, items, heard):
     """-sum log pi_theta(y_T | s, p) over the answers' tokens, end token included."""
     answers = [model.answer_ids(item["response"]) for item in items]
-    prompts = model.speech_prompts(features, [item["prompt"] for item in items])
+    prompts = model.speech_prompts(heard, [item["prompt"] for item in items])
     return -common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers)).sum()
 
 
@@ -68,11 +51,11 @@ def kl_rows(teacher_logits, student_logits):
     return (log_t.exp() * (log_t - log_s)).sum(-1)                                         # (rows,)
 
 
-def kd_loss(model, teacher, items, features):
+def kd_loss(model, teacher, items, heard):
     """Sum over y_T's positions of KL(pi_T || pi_theta); only these positions of the two prompts line up."""
     answers = [model.answer_ids(item["response"]) for item in items]
     teacher_llm, teacher_states, _ = teacher.answer_states(items, answers)                 # (sum L, d_T)
-    prompts = model.speech_prompts(features, [item["prompt"] for item in items])
+    prompts = model.speech_prompts(heard, [item["prompt"] for item in items])
     states, _ = common.answer_states(model.llm, prompts, answers)                          # (sum L, d_S)
     teacher_head, head = (llm.get_output_embeddings() for llm in (teacher_llm, model.llm))
     return common.by_chunks(lambda t, s: kl_rows(teacher_head(t), head(s)), teacher_states, states).sum()
@@ -80,46 +63,30 @@ def kd_loss(model, teacher, items, features):
 
 # -------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
-def answer_nll(model, items, features=None, batch_size=16):
-    """NLL of y_T per item, (N, 2): sum over its tokens, number of tokens; given the speech, or the text if `features`
-    is None."""
+def answer_nll(model, items, heard=None, batch_size=16):
+    """NLL of y_T per item, (N, 2): sum over its tokens, number of tokens; given the speech, or the text if `heard` is
+    None."""
     rows = []
     with common.autocast(model.llm):
         for at in range(0, len(items), batch_size):
             chunk = items[at:at + batch_size]
             answers = [model.answer_ids(item["response"]) for item in chunk]
-            if features is None:
+            if heard is None:
                 log_probs = common.token_log_probs(*common.Teacher(model, model.config["student"]).answer_states(chunk, answers))
             else:
-                prompts = model.speech_prompts(features[at:at + batch_size], [item["prompt"] for item in chunk])
+                prompts = model.speech_prompts(heard[at:at + batch_size], [item["prompt"] for item in chunk])
                 log_probs = common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers))
             rows += [[-float(part.sum()), len(part)] for part in log_probs.split([len(y) for y in answers])]
     return np.array(rows)
 
 
-@torch.no_grad()
-def validate(model, objective, items, features):
-    """What chooses the best checkpoint: WER of the greedy CTC path for align, NLL of y_T given s otherwise."""
-    if objective == "align":
-        errors = words = 0
-        for item, feature in zip(items, features):
-            e, _ = model.bridge([feature])
-            labels = model.bridge.logits(e[0], model.directions).argmax(-1)                # (T,)
-            heard = labels.unique_consecutive()
-            n_errors, n_words = common.word_errors(item["text"], model.tokenizer.decode((heard[heard > 0] - 1).tolist()))
-            errors, words = errors + n_errors, words + n_words
-        return {"valid_wer": errors / words}
-    sums = answer_nll(model, items, features).sum(0)
-    return {"valid_nll": float(sums[0] / sums[1])}
-
-
 def speech_text_gap(model, work, splits, limit=64):
-    """NLL(y_T | s) - NLL(y_T | x) per token on both splits; they must agree before SFT, or align has memorised train."""
-    report = {"of": common.fingerprint(work / "align.pt")}
-    for split, (items, features) in splits.items():
+    """NLL(y_T | s) - NLL(y_T | x) per token on both splits; they must agree before SFT, or the model has seen train."""
+    report = {"of": {split: common.fingerprint(work / "data" / f"{split}.jsonl") for split in splits}}
+    for split, (items, heard) in splits.items():
         chosen = random.Random(0).sample(range(len(items)), min(limit, len(items)))        # of all tasks
         rows = [items[i] for i in chosen]
-        speech, text = answer_nll(model, rows, [features[i] for i in chosen]), answer_nll(model, rows)
+        speech, text = answer_nll(model, rows, [heard[i] for i in chosen]), answer_nll(model, rows)
         columns = np.stack([speech[:, 0], text[:, 0], text[:, 1]], 1)                      # sums over tokens, tokens
         gap = common.bootstrap(columns, lambda s, n: (s[..., 0] - s[..., 1]) / s[..., 2])
         report[split] = {"items": len(columns), "nll_speech": speech[:, 0].sum() / speech[:, 1].sum(),
@@ -136,20 +103,18 @@ def print_gap(report):
         print(f"speech-text gap before SFT, {split} ({r['items']} items): NLL {r['nll_speech']:.3f} given speech, "
               f"{r['nll_text']:.3f} given text, gap {r['gap']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]")
     if not report["agree"]:
-        print("warning: the two intervals do not overlap: align has seen train, or the splits differ")
+        print("warning: the two intervals do not overlap: the model has seen train, or the splits differ")
 
 
 # -------------------------------------------------------------------------------------------------- training
 def train(model, name, objective, init, steps, batch_size, lr, data, args, rank, world, teacher=None):
     """One objective from `init` (a checkpoint's path or none) to DIR/NAME.pt; resumes from NAME.resume.pt."""
-    device, work, log, resume = model.device, args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
-    items, features = data["align" if objective == "align" else "train"]
-    if not items:
-        raise UserError(f"{work / 'data'}: no items to train {name} on; run 01_synthesize.py with larger --n-align, --n-train")
+    work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
+    items, heard = data["train"]
     if batch_size > len(items):
-        raise UserError(f"--batch-size {batch_size}: larger than the {len(items)} items of {name}'s split")
+        raise UserError(f"--batch-size {batch_size}: larger than the {len(items)} items of train.jsonl")
     facts = dict(objective=objective, init=common.fingerprint(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
-                 data=common.fingerprint(work / "data" / ("align.jsonl" if objective == "align" else "train.jsonl")))
+                 data=common.fingerprint(work / "data" / "train.jsonl"))
     if rank == 0:
         common.record_config(work / f"{name}.config.json", model.config | facts)
     common.barrier()
@@ -157,25 +122,20 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         print(f"{name}: done already ({work / name}.pt)")
         return
     parent = model.load(init)
-    optimizer = common.make_optimizer(model, objective == "align")
+    optimizer = common.make_optimizer(model)
     first, best = common.load_resume(resume, model, optimizer, log)
-    texts = [model.tokenizer(item["text"], add_special_tokens=False).input_ids for item in items]
-    tokens = torch.tensor(sorted({t for text in texts for t in text}))
     lengths = [len(model.answer_ids(item["response"])) for item in items]
-    known = set(parent.get("heard", []))                  # texts the bridge was trained on: 01 keeps them out of every split
-    if objective == "align":
-        known |= {common.text_hash(item["text"]) for item in items}
-    facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=sorted(known))
+    facts |= dict(history=[*parent.get("history", []), dict(facts)])
 
     def validated(row, step):
         """Add the validation to a log row; keep the checkpoint if it is the best so far; write what a kill needs."""
         nonlocal best
-        row |= validate(model, objective, *data["valid"])
-        [(metric, score)] = [(k, v) for k, v in row.items() if k.startswith("valid")]
+        sums = answer_nll(model, *data["valid"]).sum(0)
+        row["valid_nll"] = score = float(sums[0] / sums[1])
         if rank == 0:
             if best is None or score < best:
-                model.save(work / f"{name}.best.pt", **facts, metrics={metric: score, "step": step})
-            tqdm.write(f"{name} {step}/{steps}: " + (f"loss {row['loss']:.3f}, " if "loss" in row else "") + f"{metric} {score:.3f}")
+                model.save(work / f"{name}.best.pt", **facts, metrics={"valid_nll": score, "step": step})
+            tqdm.write(f"{name} {step}/{steps}: " + (f"loss {row['loss']:.3f}, " if "loss" in row else "") + f"valid NLL {score:.3f}")
         best = score if best is None else min(best, score)
         return row
 
@@ -185,22 +145,13 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     for step in bar:
         started = time.time()
         batch = common.batch_at(len(items), batch_size, step, args.seed, "items", len(parent.get("history", [])))
-        scale = len(batch) if objective == "align" else sum(lengths[i] for i in batch)     # global, so that sums add up
-        classes = sample_classes([texts[i] for i in batch], tokens, len(model.directions),
-                                 derive_seed(args.seed, "classes", step)).to(device) if objective == "align" else None
-        mine, total = sorted(batch[rank::world], key=lambda i: len(features[i])), 0.0
-        micro = batch_size if objective == "align" else MICRO
-        for at in range(0, len(mine), micro):
-            chunk = mine[at:at + micro]
-            rows, sounds = [items[i] for i in chunk], [features[i] for i in chunk]
-            with common.autocast(model.llm) if objective != "align" else torch.enable_grad():
-                if objective == "align":
-                    loss = align_loss(model, sounds, [texts[i] for i in chunk], classes)
-                elif objective == "sft":
-                    loss = sft_loss(model, rows, sounds)
-                else:
-                    loss = kd_loss(model, teacher, rows, sounds)
-                loss = loss / scale
+        tokens = sum(lengths[i] for i in batch)           # global, so that micro-batches and processes add up
+        mine, total = sorted(batch[rank::world], key=lambda i: items[i]["seconds"]), 0.0
+        for at in range(0, len(mine), MICRO):
+            rows, sounds = [items[i] for i in mine[at:at + MICRO]], [heard[i] for i in mine[at:at + MICRO]]
+            with common.autocast(model.llm):
+                loss = kd_loss(model, teacher, rows, sounds) if objective == "kd" else sft_loss(model, rows, sounds)
+                loss = loss / tokens
             loss.backward()
             total += float(loss.detach())
         rate = common.learning_rate(step, steps, lr)
@@ -211,12 +162,11 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
             row = validated(row, step + 1)
         if rank == 0:
             common.append_jsonl(log, row)
-            if (step + 1) % SAVE_EVERY == 0 or any(key.startswith("valid") for key in row):
+            if (step + 1) % SAVE_EVERY == 0 or "valid_nll" in row:
                 common.save_resume(resume, model, optimizer, step + 1, best)
         bar.set_postfix(loss=f"{total:.3f}")
     if rank == 0:
-        if objective == "align":                          # the start of every system: the best; the systems: the last update,
-            model.load(work / f"{name}.best.pt")          # as for RL, which has no such choice
+        # the last update, as for RL, which has no validation to choose by
         model.save(work / f"{name}.pt", **facts, metrics={"best_valid": best})
         resume.unlink(missing_ok=True)
     common.barrier()
@@ -224,15 +174,15 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
 
 def main():
     args = common.parse_args(__doc__, FLAGS)
-    if args.objective not in (None, "align", "sft", "kd"):
-        raise UserError(f"--objective {args.objective}: not one of align, sft, kd")
+    if args.objective not in (None, "sft", "kd"):
+        raise UserError(f"--objective {args.objective}: not one of sft, kd")
     if args.out and not args.objective:
         raise UserError("--out names the result of one --objective; without --objective the names are fixed")
     rank, world, device = common.setup_processes()
-    splits = {split: common.read_items(args.work, split, minimum) for split, minimum in
-              (("align", 0), ("train", 3), ("valid", 3))}
+    splits = {split: common.read_items(args.work, split, 3) for split in ("train", "valid")}
     model = common.SpeechLM(vars(args), device)
-    data = {split: (items, common.speech_features(model, args.work, args.work / "data" / f"{split}.jsonl", items, rank=rank))
+    data = {split: (items, common.listen_to_split(model, args.work, args.work / "data" / f"{split}.jsonl", items,
+                                                  window=args.max_seconds + 3, rank=rank, world=world))
             for split, items in splits.items()}
 
     def go(name, objective, init, **numbers):
@@ -242,22 +192,18 @@ def main():
         train(model, name, objective, init, data=data, args=args, rank=rank, world=world, teacher=teacher, **numbers)
 
     budget = dict(steps=args.rl_steps, batch_size=args.rl_prompts * args.k, lr=args.rl_lr)   # RBA's updates x responses
-    align = dict(steps=args.align_steps, batch_size=args.align_batch, lr=args.align_lr)
     sft = dict(steps=args.sft_steps, batch_size=args.batch_size, lr=args.lr)
     if args.objective:
-        init, numbers = {"align": (args.init, align), "sft": (args.work / "align.pt", sft), "kd": (args.work / "sft.pt", budget)
-                         }[args.objective]
+        init, numbers = {"sft": ("none", sft), "kd": (args.work / "sft.pt", budget)}[args.objective]
         go(args.out or args.objective, args.objective, args.given.get("init", init), **numbers)
         return
-    go("align", "align", args.init, **align)
     if rank == 0:
-        model.load(args.work / "align.pt")
         held = json.loads(gap.read_text()) if (gap := args.work / "gap.json").exists() else {}
-        if held.get("of") != common.fingerprint(args.work / "align.pt"):
-            held = speech_text_gap(model, args.work, {split: data[split] for split in ("train", "valid")})
+        if held.get("of", {}).get("train") != common.fingerprint(args.work / "data" / "train.jsonl"):
+            held = speech_text_gap(model, args.work, data)
         print_gap(held)
     common.barrier()
-    go("sft", "sft", args.work / "align.pt", **sft)
+    go("sft", "sft", "none", **sft)
     go("kd", "kd", args.work / "sft.pt", **budget)
     go("sft+", "sft", args.work / "sft.pt", **budget)
 

@@ -164,14 +164,14 @@ def policy_loss(log_probs, advantages, n, k, l_max):
 
 
 # ----------------------------------------------------------------------------------------------------- rollout
-def rollout(model, items, features, args, name, step):
+def rollout(model, items, heard, args, name, step):
     """K samples per prompt (and the greedy answer, if it is the baseline), speech heard once per prompt.
 
     -> samples: N lists of K (ids, ended), greedy: N (ids, ended) or None.
     """
     seeds = [[derive_seed(args.seed, name, step, item["id"], k) for k in range(args.k)] for item in items]
     with torch.no_grad(), common.autocast(model.llm):
-        prompts = model.speech_prompts(features, [item["prompt"] for item in items])
+        prompts = model.speech_prompts(heard, [item["prompt"] for item in items])
         samples = common.sample(model.llm, prompts, model.end_id, args.max_new, seeds)
         greedy = common.sample(model.llm, prompts, model.end_id, args.max_new) if args.baseline == "greedy" else None
     return samples, greedy and [replies[0] for replies in greedy]
@@ -181,7 +181,7 @@ def rollout(model, items, features, args, name, step):
 def train(model, teacher, name, weights, token_weight, init, data, args, rank, world):
     """One RL run from `init` to DIR/NAME.pt; resumes from NAME.resume.pt."""
     work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
-    (items, features), steps, k = data, args.rl_steps, args.k
+    (items, heard), steps, k = data, args.rl_steps, args.k
     n = min(args.rl_prompts, len(items))
     facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
                  init=common.fingerprint(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new, seed=args.seed,
@@ -204,8 +204,8 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         started = time.time()
         # ---- rollout
         batch = common.batch_at(len(items), n, step, args.seed, "items", len(parent.get("history", [])))
-        mine = sorted(batch[rank::world], key=lambda i: len(features[i]))
-        rows, sounds = [items[i] for i in mine], [features[i] for i in mine]
+        mine = sorted(batch[rank::world], key=lambda i: items[i]["seconds"])
+        rows, sounds = [items[i] for i in mine], [heard[i] for i in mine]
         samples, greedy = rollout(model, rows, sounds, args, name, step) if mine else ([], None)
         rollout_seconds = time.time() - started
         # ---- rewards: the samples', the greedy answers', the teacher's own
@@ -347,7 +347,8 @@ def main():
     items = common.read_items(args.work, "train", 1)
     common.load_checkpoint(init, "rba-speechlm-1")        # before the models are loaded: it may be missing
     model = common.SpeechLM(vars(args), device)
-    data = items, common.speech_features(model, args.work, args.work / "data" / "train.jsonl", items, rank=rank)
+    data = items, common.listen_to_split(model, args.work, args.work / "data" / "train.jsonl", items,
+                                          window=args.max_seconds + 3, rank=rank, world=world)
     for name, weights, token_weight in runs:
         teacher = common.Teacher(model, args.teacher) if token_weight or "logp" in weights else None
         train(model, teacher, name, weights, token_weight, init, data, args, rank, world)

@@ -1,4 +1,4 @@
-"""Stage 4: every system on the same held-out items, clean and under an acoustic condition not used in training.
+"""Stage 4: every system on the same held-out items, clean, in unheard voices, and under acoustic conditions.
 
 [paper] instruction following, spoken question answering and speech-to-text translation, against distillation.
 [ours] the protocol:
@@ -7,7 +7,7 @@
 - `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
   exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine of the embeddings, the teacher's mean
   log-likelihood of the answer given the gold words, and the win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU
-  and chrF (sacrebleu; against the teacher's translation, so agreement, not quality). WER of what was heard: covariate.
+  and chrF (sacrebleu; against the teacher's translation, so agreement, not quality). WER of Whisper's transcript: covariate.
 - 95 % percentile bootstrap over items; differences to `sft` paired. A difference whose interval holds 0 is "not
   separable". † a metric the system was trained on: never the headline.
 - Gap recovered = (system - sft) / (text - sft), only where the interval of text - sft excludes 0.
@@ -18,6 +18,7 @@ results.md, results.png.
     python 04_evaluate.py                      every system in DIR
     python 04_evaluate.py --ask question.wav   every system's answer to one recording
 """
+import contextlib
 from collections import Counter
 from pathlib import Path
 
@@ -30,23 +31,22 @@ import common
 from common import TASKS, UserError
 
 FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
+         "conditions": dict(help="comma-separated acoustic conditions, clean first: clean,noise:5,reverb:0.6,band:1666,babble:5"),
          "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference"),
          "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
-CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked for by name, `align`
-NAMES = {"wins": "% wins against sft by log π_T", "WER": "WER of what was heard"}
+CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked for by name, `init`: no training at all
+UNTRAINED = ("text", "cascade", "init")
+UNHEARD = ", unheard voices"
+NAMES = {"wins": "% wins against sft by log π_T", "WER": "WER of Whisper"}
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
 TRAINED_BY = {("instruct", "similarity"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
               ("instruct", "log π_T"): {"logp", "token"}, ("instruct", "wins"): {"logp", "token"}}
 
 
 # ------------------------------------------------------------------------------------------------------ metrics
-def words(text):
-    return common.normalise(text).split()
-
-
 def is_contained(reference, answer):
     """The reference's words stand in the answer as one contiguous run: "Ca" does not match "because"."""
-    wanted, said = words(reference), words(answer)
+    wanted, said = (common.normalise(text).split() for text in (reference, answer))
     return bool(wanted) and any(said[i:i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
 
 
@@ -99,7 +99,7 @@ def measure(items, answers, heard, scores, embed):
         if task == "sqa":
             pairs = list(zip(gold, said))
             per_item = {"accuracy": [100 * any(is_contained(r, a) for r in refs) for refs, a in pairs],
-                        "exact match": [100 * any(words(r) == words(a) for r in refs) for refs, a in pairs],
+                        "exact match": [100 * any(common.normalise(r) == common.normalise(a) for r in refs) for refs, a in pairs],
                         "F1": [100 * max(common.token_f1(a, r) for r in refs) for refs, a in pairs]}
         elif task == "instruct":
             both = embed([*said, *(refs[0] for refs in gold)])
@@ -120,28 +120,26 @@ def measure(items, answers, heard, scores, embed):
 
 
 # ------------------------------------------------------------------------------------------------------ systems
-def answer_all(model, system, items, features, waves, args, window):
-    """[(answer, tokens, ended)] and what the system heard (None for `text`), by greedy decoding."""
-    requests = [item["prompt"] for item in items]
-    if system in ("text", "cascade"):
-        heard = None
-        if system == "cascade":
-            with tqdm(total=len(items), desc="transcribe", unit="utt", leave=False) as bar:
-                heard = common.transcribe(model.asr, waves(), window=window, progress=bar)
-        with model.as_text_llm() as llm:
-            texts = heard or [item["text"] for item in items]
-            prompts = common.text_prompts(model.tokenizer, llm, [text or "." for text in texts], requests)
-            return answers_of(model, llm, prompts, system, args), heard
-    prompts, heard = [], []
-    with torch.inference_mode():
-        for at in range(0, len(items), 16):
-            vectors, labels = model.hear(features[at:at + 16])
-            heard += [model.tokenizer.decode(ids) for ids in labels]
-            prompts += [common.around(model.tokenizer, model.llm, v, p) for v, p in zip(vectors, requests[at:at + 16])]
-    return answers_of(model, model.llm, prompts, system, args), heard
+def load_system(model, system, work):
+    """Put a system's weights into the model; `text`, `cascade` and `init` are the untrained one."""
+    return model.load(work / f"{system}.pt" if system not in UNTRAINED else "none")
 
 
-def answer_texts(model, llm, prompts, max_new, batch_size=64, progress=None):
+def answer_all(model, system, items, heard, max_new):
+    """Greedy answers of a loaded system: list of (answer, tokens, ended). `heard`: what Whisper made of the speech."""
+    requests, as_text = [item["prompt"] for item in items], system in ("text", "cascade")
+    with torch.inference_mode(), tqdm(total=len(items), desc=f"answer {system}", unit="item", leave=False) as bar, (
+            model.as_text_llm() if as_text else contextlib.nullcontext(model.llm)) as llm:
+        if as_text:
+            texts = [row["text"] for row in (items if system == "text" else heard)]
+            prompts = common.text_prompts(model.tokenizer, llm, texts, requests)
+        else:
+            prompts = [prompt for at in range(0, len(items), 16)
+                       for prompt in model.speech_prompts(heard[at:at + 16], requests[at:at + 16])]
+        return answer_prompts(model, llm, prompts, max_new, progress=bar)
+
+
+def answer_prompts(model, llm, prompts, max_new, batch_size=64, progress=None):
     """Greedy answers as text, batched by prompt length: list of (text, number of tokens, ended) in the given order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [None] * len(prompts)
@@ -156,21 +154,18 @@ def answer_texts(model, llm, prompts, max_new, batch_size=64, progress=None):
     return answers
 
 
-def answers_of(model, llm, prompts, system, args):
-    with tqdm(total=len(prompts), desc=f"answer {system}", unit="item", leave=False) as bar:
-        return answer_texts(model, llm, prompts, args.max_new, progress=bar)
-
-
 def available(args):
     """Systems to run, in the tables' order; UserError for one that has no checkpoint."""
     held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
-    held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in (*held, "align") and "." not in p.stem)
+    held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
     chosen = args.systems.split(",") if args.systems else held
-    missing = [name for name in chosen if name not in held and not (args.work / f"{name}.pt").exists()]
+    missing = [name for name in chosen if name not in (*held, "init")]
     if missing:
         raise UserError(f"--systems {missing[0]}: no {args.work / missing[0]}.pt; there are {', '.join(held)}")
-    if not (set(held) - {"text", "cascade"}):
-        raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
+    if not (set(chosen) - {"text", "cascade"}):
+        if not args.ask:
+            raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
+        chosen = ["cascade", "init"]                      # right after the installation
     return chosen
 
 
@@ -178,16 +173,13 @@ def ask(args, systems):
     """Every system's answer to one recording."""
     wave = common.read_audio(args.ask)
     model = common.SpeechLM(vars(args))
-    features, item = [model.encode(wave)], [dict(prompt="", text="")]
-    transcript = common.transcribe(model.asr, [wave])[0]
-    print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {transcript}")
+    heard = model.listen([wave])
+    print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {heard[0]['text']}")
     for system in systems:
-        if system == "text":                              # nobody typed the words
-            continue
-        if system != "cascade":
-            model.load(args.work / f"{system}.pt")
-        [(answer, _, ended)], heard = answer_all(model, system, item, features, lambda: [wave], args, 30.0)
-        print(f"{system:>8} | {answer}{'' if ended else ' …'}" + (f"   (heard: {heard[0]})" if system != "cascade" else ""))
+        if system != "text":                              # nobody typed the words
+            load_system(model, system, args.work)
+            [(answer, _, ended)] = answer_all(model, system, [dict(prompt="")], heard, args.max_new)
+            print(f"{system:>8} | {answer}{'' if ended else ' …'}")
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -265,17 +257,18 @@ def plot(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if not c.endswith(UNHEARD)]
     panels = [(t, m) for t, m in (*PRIMARY.items(), ("s2tt", "BLEU")) if any((r["task"], r["metric"]) == (t, m) for r in rows)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (task, metric) in zip(axes[0], panels):
         for at, condition in enumerate(conditions):
             own = [r for r in rows if (r["task"], r["metric"], r["condition"]) == (task, metric, condition)]
-            x = np.arange(len(own)) + 0.36 * at - 0.18
+            width = 0.8 / len(conditions)
+            x = np.arange(len(own)) + width * (at + 0.5) - 0.4
             values = np.array([r["value"] for r in own])
             errors = np.abs(np.array([[r["low"], r["high"]] for r in own]).T - values)
-            axis.bar(x, values, 0.34, yerr=errors, capsize=2, color=("0.55", "0.9")[at % 2], edgecolor="black", label=condition,
-                     hatch=("", "//")[at % 2], error_kw=dict(lw=1))
+            axis.bar(x, values, width, yerr=errors, capsize=2, color=str(0.4 + 0.5 * at / len(conditions)), edgecolor="black", label=condition,
+                     hatch=("", "//", "..", "xx")[at % 4], error_kw=dict(lw=1))
             axis.set_xticks(np.arange(len(own)), [r["system"] for r in own], rotation=40, ha="right")
         axis.set(title=f"{task}: {metric}" + (" (agreement with the teacher)" if task == "s2tt" else ""), ylim=(0, None))
     axes[0][0].legend(fontsize=8)
@@ -298,41 +291,46 @@ def main():
     embed, teacher = common.Embedder(args.embedder, device), common.Teacher(model, args.teacher)
     data_key, window = common.fingerprint(source), 30.0 if args.data else min(30.0, args.max_seconds + 3)
     measured, trained, histories = {}, {}, {}
+    conditions = args.conditions.split(",")
+    heard = {condition: common.listen_to_split(model, args.work, source, items, condition, window, rank, world)
+             for condition in conditions}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
-    work = [(condition, system) for condition in ("clean", args.condition) for system in systems
-            if not (system == "text" and condition != "clean")]
+    work = [(condition, system) for condition in conditions for system in systems
+            if not (system == "text" and condition != conditions[0])]
     for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
         checkpoint = args.work / f"{system}.pt"
         key = " ".join(map(str, (data_key, common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
                                  args.whisper, args.max_new, window, common.SYSTEM)))
         path = answers_path(args.work, source, system, condition)
-        if system not in ("text", "cascade"):
-            facts = common.load_checkpoint(checkpoint, "rba-speechlm-1")
-            trained[system] = [r for past in facts["history"] for r in
+        if system not in UNTRAINED:
+            histories[system] = common.load_checkpoint(checkpoint, "rba-speechlm-1")["history"]
+            trained[system] = [r for past in histories[system] for r in
                                (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
-            histories[system] = facts["history"]
         if at % world == rank and not (path.exists() and common.read_jsonl(path)[0].get("key") == key):
-            features = None
-            if system not in ("text", "cascade"):
-                model.load(checkpoint)
-                features = common.speech_features(model, args.work, source, items, condition)
-            answers, heard = answer_all(model, system, items, features, lambda: condition_waves(source, items, condition),
-                                        args, window)
+            load_system(model, system, args.work)
+            answers = answer_all(model, system, items, heard[condition], args.max_new)
             scores = judge(model, teacher, items, answers)
             common.write_jsonl(path, [dict(id=item["id"], key=key, system=system, condition=condition, answer=answer,
-                                           tokens=tokens, ended=ended, heard=heard and heard[i], score=scores[i])
+                                           tokens=tokens, ended=ended, score=scores[i])
                                       for i, (item, (answer, tokens, ended)) in enumerate(zip(items, answers))])
     common.barrier()
     if rank:
         return
-    # ---- metrics, intervals, table, plot
+    # ---- metrics, intervals, table, plot; once more for the items in voices that train does not hold
+    everything = range(len(items))
+    known = set() if args.data else {item["voice"] for item in common.read_items(args.work, "train")}
+    parts = {"": everything, UNHEARD: [i for i in everything if known and items[i]["voice"] not in known]}
     for condition, system in work:
         rows = common.read_jsonl(answers_path(args.work, source, system, condition))
-        heard = [row["heard"] for row in rows] if rows[0]["heard"] is not None else None
-        measured.setdefault(condition, {})[system] = measure(
-            items, [(row["answer"], row["tokens"], row["ended"]) for row in rows], heard, [row["score"] for row in rows], embed)
-    if args.condition in measured and "text" in systems:  # text hears nothing: the same in every condition
-        measured[args.condition] = {"text": measured["clean"]["text"]} | measured[args.condition]
+        for part, chosen in parts.items():
+            if chosen and (not part or condition == conditions[0]):
+                measured.setdefault(condition + part, {})[system] = measure(
+                    [items[i] for i in chosen], [(rows[i]["answer"], rows[i]["tokens"], rows[i]["ended"]) for i in chosen],
+                    [heard[condition][i]["text"] for i in chosen] if system != "text" else None,
+                    [rows[i]["score"] for i in chosen], embed)
+    for condition in conditions[1:]:                      # text hears nothing: the same in every condition
+        if "text" in systems:
+            measured[condition] = {"text": measured[conditions[0]]["text"]} | measured[condition]
     rows = compare(measured, seed=args.seed)
     common.write_json(args.work / f"results{suffix}.json", dict(preset=args.preset, seed=args.seed, data=data_key,
         rows=rows, rewards=trained, history=histories) | common.environment())
@@ -347,17 +345,11 @@ def main():
     common.write_text(args.work / f"results{suffix}.md", "\n".join(lines) + "\n")
     plot(rows, args.work / f"results{suffix}.png")
     print("\n".join(lines))
-    print(f"\n{args.work / 'results.md'}, {args.work / 'results.json'}, {args.work / 'results.png'}")
+    print(f"\n{args.work}/results{suffix}.md, .json, .png")
 
 
 def answers_path(work, source, system, condition):
     return work / "answers" / source.stem / f"{system}.{condition.replace(':', '-')}.jsonl"
-
-
-def condition_waves(source, items, condition):
-    """The items' waveforms under a condition, exactly as the encoder features were made."""
-    waves = [common.item_wave(source.parent, item) for item in items]
-    return [common.under_condition(waves, i, items[i], condition) for i in range(len(items))]
 
 
 def own_items(path):

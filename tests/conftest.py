@@ -38,11 +38,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def model():
-    """The tiny preset's SpeechLM in float32, so that results can be compared to the last digits; its bridge is the one
-    that the repository ships."""
-    held = common.SpeechLM(common.PRESETS["tiny"], dtype=torch.float32)
-    held.load(common.PRESETS["tiny"]["init"])
-    return held
+    """The tiny preset's SpeechLM in float32, so that results can be compared to the last digits. Untrained: real Whisper,
+    real LLM; W and LoRA's B are 0."""
+    return common.SpeechLM(common.PRESETS["tiny"], dtype=torch.float32)
 
 
 SENTENCES = ("What is the capital of France?", "Can you give me some tips on how to cook a large chicken?",
