@@ -316,10 +316,10 @@ def main():
     common.barrier()
     if rank:
         return
-    # ---- metrics, intervals, table, plot; once more for the items in voices that train does not hold
+    # ---- metrics, intervals, table, plot; once more for the items in voices that train does not have
     everything = range(len(items))
-    known = set() if args.data else {item["voice"] for item in common.read_items(args.work, "train")}
-    parts = {"": everything, UNHEARD: [i for i in everything if known and items[i]["voice"] not in known]}
+    unheard = {entry.partition("*")[0] for entry in args.unheard_voices.split(",")}
+    parts = {"": everything, UNHEARD: [i for i in everything if items[i].get("voice") in unheard]}
     for condition, system in work:
         rows = common.read_jsonl(answers_path(args.work, source, system, condition))
         for part, chosen in parts.items():

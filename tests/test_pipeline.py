@@ -77,6 +77,8 @@ def test_the_evaluation(work):
     assert {s for _, s, _, _ in rows} == {"text", "cascade", "sft", "kd", "sft+", "rba", "rba+opd"}
     assert rows["clean", "text", "sqa", "accuracy"]["value"] >= 50    # the teacher says again what it said
     assert all(r["low"] <= r["value"] + 1e-9 and r["value"] <= r["high"] + 1e-9 for r in rows.values())
+    unheard = [i for i in common.read_items(work, "test_all") if i["voice"] in common.PRESETS["tiny"]["unheard_voices"]]
+    assert sum(r["n"] for (c, s, _, m), r in rows.items() if (c, s, m) == ("clean, unheard voices", "rba", "tokens")) == len(unheard) > 0
     text = (work / "results.md").read_text()
     assert "†" in text and "separable" in text and text.strip().splitlines()[-1] in (work / "stdout.txt").read_text()
     assert (work / "results.png").stat().st_size > 5000
@@ -119,10 +121,14 @@ def test_a_killed_training_goes_on_step_by_step(work, flags):
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-def test_ask_prints_every_systems_answer(work):
+def test_ask_prints_every_systems_answer(work, tmp_path):
     item = common.read_items(work, "test_all")[0]
     out = script("04_evaluate.py", "--work", work, "--ask", work / "data" / item["audio"]).stdout
     assert all(f"{name} |" in out for name in ("cascade", "sft", "kd", "rba"))
+    out = script("04_evaluate.py", "--work", tmp_path / "nothing", "--ask", work / "data" / item["audio"]).stdout
+    answers = [line.partition("|")[2] for line in out.splitlines() if " | " in line]
+    assert "cascade |" in out and "init |" in out and len(answers) == 2                    # right after the installation
+    assert answers[0] == answers[1] and len(answers[0]) > 5    # untrained, it reads what the cascade reads
 
 
 def test_two_processes_train_like_one(work, flags):
