@@ -583,14 +583,15 @@ def listen(asr, waves, window=30.0, batch_size=16, progress=None):
     it after `skipped` bytes of space, and the `states` (n, d_dec) float16 that wrote them (after the last LayerNorm).
 
     `window` seconds (at most 30) are encoded of each utterance: a third of the window is a third of the time, and
-    Whisper needs the silence after the words to stop.
+    Whisper needs the silence after the words to stop. Where it does not stop even so, but repeats itself, it gets the
+    full window: that mended every such case we met.
     """
-    tokenizer, asr = whisper_tokenizer(asr), copy.copy(asr)   # same weights, a shorter encoder context
+    tokenizer, whole, asr = whisper_tokenizer(asr), asr, copy.copy(asr)   # same weights, a shorter encoder context
     asr.dims, asr._modules = copy.copy(asr.dims), asr._modules | {"encoder": copy.copy(asr.encoder)}
     asr.dims.n_audio_ctx = int(min(window, 30) * 50)
     asr.encoder._buffers = {"positional_embedding": asr.encoder.positional_embedding[:asr.dims.n_audio_ctx]}
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False, sample_len=96)
-    start, out, held = list(tokenizer.sot_sequence_including_notimestamps), [], {}
+    start, out, cut, held = list(tokenizer.sot_sequence_including_notimestamps), [], [], {}
     hook = asr.decoder.ln.register_forward_hook(lambda module, inputs, output: held.update(states=output))
     for at in range(0, len(waves), batch_size):
         padded = [whisper.pad_or_trim(wave, asr.dims.n_audio_ctx * 320) for wave in waves[at:at + batch_size]]
@@ -600,6 +601,8 @@ def listen(asr, waves, window=30.0, batch_size=16, progress=None):
         rows = [torch.tensor(start + row, device=asr.device) for row in tokens]
         asr.decoder(nn.utils.rnn.pad_sequence(rows, batch_first=True), encoded)            # once more over its own words
         for row, states in zip(tokens, held["states"]):
+            if len(row) == options.sample_len and window < 30:
+                cut.append(len(out))
             words = [i for i, token in enumerate(row) if token < tokenizer.eot]            # timestamps apart
             text = tokenizer.decode(row)
             out.append(dict(text=text.strip(), skipped=len(text) - len(text.lstrip()), tokens=[row[i] for i in words],
@@ -607,6 +610,8 @@ def listen(asr, waves, window=30.0, batch_size=16, progress=None):
         if progress is not None:
             progress.update(len(padded))
     hook.remove()
+    for i, again in zip(cut, listen(whole, [waves[i] for i in cut], batch_size=batch_size) if cut else ()):
+        out[i] = again
     return out
 
 
