@@ -578,7 +578,7 @@ def whisper_tokenizer(asr):
 
 
 @torch.inference_mode()
-def listen(asr, waves, window=30.0, batch_size=16, progress=None):
+def listen(asr, waves, window=30.0, batch_size=16):
     """What Whisper's decoder makes of each wave (samples,): its greedy English transcript `text`, the n `tokens` that spell
     it after `skipped` bytes of space, and the `states` (n, d_dec) float16 that wrote them (after the last LayerNorm).
 
@@ -607,10 +607,8 @@ def listen(asr, waves, window=30.0, batch_size=16, progress=None):
             text = tokenizer.decode(row)
             out.append(dict(text=text.strip(), skipped=len(text) - len(text.lstrip()), tokens=[row[i] for i in words],
                             states=states[len(start) - 1:][words].half().cpu()))
-        if progress is not None:
-            progress.update(len(padded))
     hook.remove()
-    for i, again in zip(cut, listen(whole, [waves[i] for i in cut], batch_size=batch_size) if cut else ()):
+    for i, again in zip(cut, listen(whole, [waves[i] for i in cut]) if cut else ()):
         out[i] = again
     return out
 
@@ -704,9 +702,8 @@ class SpeechLM(nn.Module):
         for row in listen(self.asr, waves, window):
             words = self.tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)
             owner = [i for i, token in enumerate(row["tokens"]) for _ in spelling.decode_single_token_bytes(token)]
-            starts = [row["skipped"] + len(row["text"][:a].encode()) for a, _ in words["offset_mapping"]]
-            ends = [row["skipped"] + len(row["text"][:z].encode()) for _, z in words["offset_mapping"]]
-            states = [row["states"][sorted(set(owner[a:max(a + 1, z)] or owner[-1:]))].float().mean(0) for a, z in zip(starts, ends)]
+            spans = [[row["skipped"] + len(row["text"][:at].encode()) for at in span] for span in words["offset_mapping"]]
+            states = [row["states"][sorted(set(owner[a:max(a + 1, z)] or owner[-1:]))].float().mean(0) for a, z in spans]
             rows.append(dict(text=row["text"], ids=words["input_ids"],
                              states=torch.stack(states).half() if states else row["states"][:0]))
         return rows
