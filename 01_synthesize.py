@@ -25,14 +25,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import common                                             # first: it says in one line what is missing
+from common import RATE, TASKS, UserError, derive_seed
+
 import numpy as np
 import soundfile
 import torch
 import torchaudio
 from tqdm import tqdm
-
-import common
-from common import RATE, TASKS, UserError, derive_seed
 
 FLAGS = {"n-train": dict(type=int, help="items, a third per task"), "n-valid": dict(type=int, help="likewise"),
          "n-test": dict(type=int, help="likewise")}
@@ -51,8 +51,8 @@ CONDITIONS = (("clean", 3), ("noise:{:.0f}", 1, 0, 20), ("reverb:{:.2f}", 1, 0.3
 
 # ------------------------------------------------------------------------------------------------ text filters
 def is_speakable(text):
-    """No code, markup, URL, list, table or line break; letters and digits that can be read out."""
-    return bool(re.fullmatch(r"[A-Za-z0-9 ,.?!'’\"$%&:;()\-]+", text)) and not re.search(
+    """No code, markup, URL, list, table or line break; letters and digits that can be read out, and words to count errors by."""
+    return bool(re.fullmatch(r"[A-Za-z0-9 ,.?!'’\"$%&:;()\-]+", text) and common.has_words(text)) and not re.search(
         r"https?:|www\.|\.com|\(\)|--|::|\d{5}|[A-Za-z]\d|[a-z][A-Z]|[_`]", text)
 
 
@@ -102,7 +102,7 @@ def short_answer(question, answer, continuation):
 
     def spaced(text):
         return " " + " ".join(re.findall(r"[\w'-]+", text.lower())) + " "
-    good = 1 <= len(name.split()) <= 3 and len(name) > 1 and spaced(name) in spaced(answer)
+    good = 1 <= len(name.split()) <= 3 and len(name) > 1 and common.has_words(name) and spaced(name) in spaced(answer)
     return name if good and spaced(name) not in spaced(question) else ""
 
 
@@ -152,7 +152,7 @@ def write_texts(teacher, stream, batch, args):
     prompts = [before + tokenizer(row["text"], add_special_tokens=False).input_ids + after for row in asked]
     for row, [(answer, ended)] in zip(asked, continuations(prompts, args.max_new)):
         row |= dict(response=answer.strip(), ended=ended, reference=[answer.strip()])
-        row["dropped"] = "" if ended and answer.strip() else "answer ended"
+        row["dropped"] = "" if ended and common.has_words(answer) else "answer ended"
         if not row["dropped"] and stream != "s2tt" and not is_speakable(row["response"]):
             row["dropped"] = "answer speakable"
     if stream == "sqa":
@@ -192,7 +192,7 @@ def read_streams(args, teacher, rank, world):
                     if not path.exists():
                         common.write_jsonl(path, write_texts(teacher(), stream, batch + rank, args))
                     common.barrier()
-                written = common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl")
+                written = common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl", produced_by="01_synthesize.py")
                 unlike.add(written)
                 rows += written
                 batch += 1
@@ -223,25 +223,22 @@ class Voices:
     loaded = {}                                           # engines, shared by all instances
 
     def __init__(self, spec):
-        self.names, self.weights = [], []
-        for entry in spec.split(","):
-            name, _, weight = entry.partition("*")
+        self.weights = common.parse_voices(spec)
+        for name in self.weights:
             if not name.startswith(("piper-", "kokoro-")) and not Path(name).is_file():
                 raise UserError(f"voice {name}: not piper-NAME, kokoro-STYLE or a Piper .onnx file")
-            self.names.append(name)
-            self.weights.append(int(weight or 1))
 
     def say(self, voice, text, speed):
         """-> ((samples,) float32 numpy, rate in Hz)."""
         key = "kokoro" if voice.startswith("kokoro-") else voice
         if key not in self.loaded:
-            path = Path(common.resolve(key))
-            if key == "kokoro":
-                from kokoro_onnx import Kokoro
-                self.loaded[key] = Kokoro(str(path / "kokoro.onnx"), str(path / "voices.npz"))
-            else:
-                from piper import PiperVoice
-                self.loaded[key] = PiperVoice.load(path if path.is_file() else path / "voice.onnx")
+            with common.loading(key, "voice") as path:
+                if key == "kokoro":
+                    from kokoro_onnx import Kokoro
+                    self.loaded[key] = Kokoro(f"{path}/kokoro.onnx", f"{path}/voices.npz")
+                else:
+                    from piper import PiperVoice
+                    self.loaded[key] = PiperVoice.load(path if Path(path).is_file() else f"{path}/voice.onnx")
         engine = self.loaded[key]
         if key == "kokoro":
             return engine.create(text, voice=voice.removeprefix("kokoro-"), speed=speed)
@@ -251,8 +248,8 @@ class Voices:
 
 
 def speak(voices, unheard, item):
-    """Item -> (speech (samples,) at 16 kHz without any acoustic condition, voice, condition, description), all drawn from
-    the item's seed. Every other test item is spoken by one of the `unheard` voices.
+    """Item -> (speech (samples,) at 16 kHz, voice, description: the acoustic condition, which is not applied yet, speed and
+    pitch), all drawn from the item's seed. Every other test item is spoken by one of the `unheard` voices.
 
     Pitch: spoken at speed v/r and resampled by r, so that the speed heard is v. A pause or filler is spoken, but x
     stays as the teacher wrote it.
@@ -260,7 +257,7 @@ def speak(voices, unheard, item):
     rng, test = random.Random(item["seed"]), item["split"] == "test"
     if test and rng.random() < 0.5:
         voices = unheard
-    voice = rng.choices(voices.names, voices.weights)[0]
+    voice = rng.choices([*voices.weights], [*voices.weights.values()])[0]
     speed, pitch = rng.uniform(0.85, 1.25), 2 ** (rng.uniform(-2, 2) / 12)
     kinds, weights = zip(*((c[:1] + c[2:], c[1]) for c in CONDITIONS))
     form, *bounds = rng.choices(kinds, weights)[0]
@@ -272,7 +269,7 @@ def speak(voices, unheard, item):
     wave, rate = voices.say(voice, " ".join(words), speed / pitch)
     wave = torchaudio.functional.resample(torch.from_numpy(np.asarray(wave, np.float32)), int(rate * pitch) // 50 * 50, RATE)
     described = f"{condition} speed:{speed:.2f} pitch:{12 * math.log2(pitch):+.1f}" + (" filler" if filler else "")
-    return wave * 0.9, voice, condition, described
+    return wave * 0.9, voice, described
 
 
 def write_speech(items, voices, unheard, asr, args):
@@ -280,14 +277,14 @@ def write_speech(items, voices, unheard, asr, args):
     seconds, voice, perturbation, transcript and wer (both of the check)."""
     waves = []
     for item in items:
-        wave, item["voice"], condition, item["perturbation"] = speak(voices, unheard, item)
+        wave, item["voice"], item["perturbation"] = speak(voices, unheard, item)
         item["audio"], item["seconds"] = f"audio/{item['id']}.wav", round(len(wave) / RATE, 3)
-        disturbed = common.perturb(wave, condition, item["seed"])
+        disturbed = common.perturb(wave, item["perturbation"].split()[0], item["seed"])
         common.write_atomic(args.work / "data" / item["audio"],
                             lambda path: soundfile.write(path, disturbed.numpy(), RATE, "PCM_16", format="WAV"))
         waves.append(wave)
     short = [i for i, item in enumerate(items) if item["seconds"] <= args.max_seconds]
-    for i, heard in zip(short, common.listen(asr(), [waves[i] for i in short], args.max_seconds + 3)):
+    for i, heard in zip(short, common.listen(asr(), [waves[i] for i in short], args.window)):
         errors, words = common.word_errors(items[i]["text"], heard["text"])
         items[i]["transcript"], items[i]["wer"] = heard["text"], round(errors / words, 4)
     return items
@@ -377,7 +374,7 @@ def main():
     if rank:
         return
     for batch in range(math.ceil(len(items) / SPEECH_BATCH)):
-        spoken += common.read_jsonl(data / "batches" / f"speech-{batch:04d}.jsonl")
+        spoken += common.read_jsonl(data / "batches" / f"speech-{batch:04d}.jsonl", produced_by="01_synthesize.py")
 
     # ---- 5: splits after the bound, funnel, card
     too_long = [item for item in spoken if item["seconds"] > args.max_seconds]
@@ -390,6 +387,10 @@ def main():
         share = [item for task in TASKS for item in [i for i in own if i["task"] == task][:math.ceil(wanted / len(TASKS))]
                  ] if wanted else own
         final[split] = share
+        short = [task for task in TASKS if split == "train" and not any(item["task"] == task for item in share)]
+        if short or not share:
+            raise UserError(f"{data}: no {' '.join(short[:1])} item of {split} is spoken clearly enough (WER bound {args.wer_bound}, "
+                            f"{args.max_seconds} s); use a larger --n-{split} in another --work, or other voices")
     for split, own in final.items():
         common.write_jsonl(data / f"{split}.jsonl", own)
 

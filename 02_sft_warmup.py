@@ -18,12 +18,12 @@ import json
 import random
 import time
 
+import common                                             # first: it says in one line what is missing
+from common import UserError
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-import common
-from common import UserError
 
 FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
          "init": dict(help="checkpoint to start from, or none"),
@@ -111,19 +111,19 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     """One objective from `init` (a checkpoint's path or none) to DIR/NAME.pt; resumes from NAME.resume.pt."""
     work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
     items, heard = data["train"]
-    if batch_size > len(items):
-        raise UserError(f"--batch-size {batch_size}: larger than the {len(items)} items of train.jsonl")
     facts = dict(objective=objective, init=common.fingerprint(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
                  data=common.fingerprint(work / "data" / "train.jsonl"))
     if rank == 0:
         common.record_config(work / f"{name}.config.json", model.config | facts)
     common.barrier()
     if (work / f"{name}.pt").exists():
-        print(f"{name}: done already ({work / name}.pt)")
+        if rank == 0:
+            resume.unlink(missing_ok=True)
+            print(f"{name}: done already ({work / name}.pt)")
         return
     parent = model.load(init)
     optimizer = common.make_optimizer(model)
-    first, best = common.load_resume(resume, model, optimizer, log)
+    first, best, skipped = common.load_resume(resume, model, optimizer, log)
     lengths = [len(model.answer_ids(item["response"])) for item in items]
     facts |= dict(history=[*parent.get("history", []), dict(facts)])
 
@@ -133,9 +133,9 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         sums = answer_nll(model, *data["valid"]).sum(0)
         row["valid_nll"] = score = float(sums[0] / sums[1])
         if rank == 0:
-            if best is None or score < best:
+            if best is None or score < best:              # never by a NaN
                 model.save(work / f"{name}.best.pt", **facts, metrics={"valid_nll": score, "step": step})
-            tqdm.write(f"{name} {step}/{steps}: " + (f"loss {row['loss']:.3f}, " if "loss" in row else "") + f"valid NLL {score:.3f}")
+            tqdm.write(f"{name} {step}/{steps}: " + (f"loss {row['loss']:.3f}, " if step else "") + f"valid NLL {score:.3f}")
         best = score if best is None else min(best, score)
         return row
 
@@ -154,9 +154,9 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
                 loss = loss / tokens
             loss.backward()
             total += float(loss.detach())
-        rate = common.learning_rate(step, steps, lr)
-        norm = common.optimizer_step(optimizer, rate)
-        total = sum(common.gather([total]))
+        rate, total = common.learning_rate(step, steps, lr), sum(common.gather([total]))
+        norm = common.optimizer_step(optimizer, rate, total)
+        skipped.append(norm is None)
         row = dict(step=step, loss=total, lr=rate, grad_norm=norm, seconds=round(time.time() - started, 3))
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
             row = validated(row, step + 1)
@@ -164,7 +164,8 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
             common.append_jsonl(log, row)
             if (step + 1) % SAVE_EVERY == 0 or "valid_nll" in row:
                 common.save_resume(resume, model, optimizer, step + 1, best)
-        bar.set_postfix(loss=f"{total:.3f}")
+        bar.set_postfix({"loss": f"{total:.3f}"} | ({"skipped": sum(skipped)} if any(skipped) else {}))
+        common.stop_if_all_skipped(skipped, name, model, work / f"{name}.stopped.pt", **facts)
     if rank == 0:
         # the last update, as for RL, which has no validation to choose by
         model.save(work / f"{name}.pt", **facts, metrics={"best_valid": best})
@@ -179,33 +180,45 @@ def main():
     if args.out and not args.objective:
         raise UserError("--out names the result of one --objective; without --objective the names are fixed")
     rank, world, device = common.setup_processes()
-    splits = {split: common.read_items(args.work, split, 3) for split in ("train", "valid")}
+
+    # ---- what to run: (name, objective, init, numbers)
+    flags = {"max_steps": "steps", "batch_size": "batch_size", "lr": "lr"}
+    flags = {own: args.given[flag] for flag, own in flags.items() if flag in args.given}
+    budget = dict(steps=args.rl_steps, batch_size=args.rl_prompts * args.k, lr=args.rl_lr) | flags   # RBA's updates x responses
+    warm_up, start = dict(steps=args.sft_steps, batch_size=args.batch_size, lr=args.lr) | flags, args.work / "sft.pt"
+    runs = [("sft", "sft", "none", warm_up), ("kd", "kd", start, budget), ("sft+", "sft", start, budget)]
+    if args.objective:
+        init = args.given.get("init", "none" if args.objective == "sft" else start)
+        runs = [(args.out or args.objective, args.objective, init, warm_up if args.objective == "sft" else budget)]
+        if str(init) != "none":
+            common.load_checkpoint(init, "rba-speechlm-1")    # before the models are loaded: it may be missing
+    splits = {split: common.read_items(args.work, split) for split in ("train", "valid")}
+    for name, _, _, numbers in runs:
+        if numbers["batch_size"] > len(splits["train"]):
+            raise UserError(f"{name}: a batch of {numbers['batch_size']} is larger than the {len(splits['train'])} items of train.jsonl; "
+                            "use a smaller --batch-size")
+
     model = common.SpeechLM(vars(args), device)
     data = {split: (items, common.listen_to_split(model, args.work, args.work / "data" / f"{split}.jsonl", items,
-                                                  window=args.max_seconds + 3, rank=rank, world=world))
-            for split, items in splits.items()}
-
-    def go(name, objective, init, **numbers):
-        flags = {"max_steps": "steps", "batch_size": "batch_size", "lr": "lr"}
-        numbers |= {own: args.given[flag] for flag, own in flags.items() if flag in args.given}
-        teacher = common.Teacher(model, args.teacher) if objective == "kd" else None
+                                                  window=args.window, rank=rank, world=world)) for split, items in splits.items()}
+    teacher = None
+    if any(objective == "kd" for _, objective, _, _ in runs):
+        try:
+            teacher = common.Teacher(model, args.teacher)
+        except UserError as error:                        # not needed by the other runs
+            if args.objective:
+                raise
+            runs = [run for run in runs if run[1] != "kd"]
+            print(f"kd is left out: {error}")
+    if not args.objective:
+        if rank == 0:
+            held = json.loads(gap.read_text()) if (gap := args.work / "gap.json").exists() else {}
+            if held.get("of", {}).get("train") != common.fingerprint(args.work / "data" / "train.jsonl"):
+                held = speech_text_gap(model, args.work, data)
+            print_gap(held)
+        common.barrier()
+    for name, objective, init, numbers in runs:
         train(model, name, objective, init, data=data, args=args, rank=rank, world=world, teacher=teacher, **numbers)
-
-    budget = dict(steps=args.rl_steps, batch_size=args.rl_prompts * args.k, lr=args.rl_lr)   # RBA's updates x responses
-    sft = dict(steps=args.sft_steps, batch_size=args.batch_size, lr=args.lr)
-    if args.objective:
-        init, numbers = {"sft": ("none", sft), "kd": (args.work / "sft.pt", budget)}[args.objective]
-        go(args.out or args.objective, args.objective, args.given.get("init", init), **numbers)
-        return
-    if rank == 0:
-        held = json.loads(gap.read_text()) if (gap := args.work / "gap.json").exists() else {}
-        if held.get("of", {}).get("train") != common.fingerprint(args.work / "data" / "train.jsonl"):
-            held = speech_text_gap(model, args.work, data)
-        print_gap(held)
-    common.barrier()
-    go("sft", "sft", "none", **sft)
-    go("kd", "kd", args.work / "sft.pt", **budget)
-    go("sft+", "sft", args.work / "sft.pt", **budget)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ import math
 import re
 import time
 
+import common                                             # first: it says in one line what is missing
+from common import UserError, derive_seed
+
 import sacrebleu
 import torch
 from tqdm import tqdm
-
-import common
-from common import UserError, derive_seed
 
 FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,task=1, or none"),
          "token-reward": dict(type=float, help="weight w_tok of on-policy distillation"),
@@ -59,11 +59,9 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         if name == "none":
             raise UserError("the rm reward needs a reward model; this preset names none: use --preset paper, or other rewards")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=common.native_dtype(), num_labels=1)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no reward model ({str(error).splitlines()[0][:120]})") from None
+        with common.loading(name, "reward model") as path:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype=common.native_dtype(), num_labels=1)
         self.model.to(device).eval()
 
     @torch.inference_mode()
@@ -182,7 +180,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     """One RL run from `init` to DIR/NAME.pt; resumes from NAME.resume.pt."""
     work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
     (items, heard), steps, k = data, args.rl_steps, args.k
-    n = min(args.rl_prompts, len(items))
+    n = args.rl_prompts
     facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
                  init=common.fingerprint(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new, seed=args.seed,
                  data=common.fingerprint(work / "data" / "train.jsonl"))
@@ -190,13 +188,15 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         common.record_config(work / f"{name}.config.json", model.config | facts)
     common.barrier()
     if (work / f"{name}.pt").exists():
-        print(f"{name}: done already ({work / name}.pt)")
+        if rank == 0:
+            resume.unlink(missing_ok=True)
+            print(f"{name}: done already ({work / name}.pt)")
         return
     parent = model.load(init)
     model.freeze_reference()                              # pi_ref is the warm-up checkpoint
     rewards = Rewards(weights, model, teacher, args)
     optimizer = common.make_optimizer(model)
-    first, _ = common.load_resume(resume, model, optimizer, log)
+    first, _, skipped = common.load_resume(resume, model, optimizer, log)
     facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=parent.get("heard", []))
     l_max = args.max_new + 1                              # with the end token
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="update", disable=rank > 0)
@@ -256,10 +256,10 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
             entropy -= sum(float(lp.detach().sum()) for lp in log_probs)
             gap += sum(float((t - lp.detach()).sum()) for lp, t in zip(log_probs, taught)) if teacher else 0.0
         update_seconds = time.time() - started - rollout_seconds
-        norm = common.optimizer_step(optimizer, common.learning_rate(step, steps, args.rl_lr))
+        sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, sum(map(len, answers)))]))]
+        norm = common.optimizer_step(optimizer, common.learning_rate(step, steps, args.rl_lr), sums[0])
+        skipped.append(norm is None)
         # ---- log
-        tokens = sum(map(len, answers))
-        sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, tokens)]))]
         parts = common.gather([(own, [len(rows)])])
         row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k), entropy=sums[2] / sums[4],
                    tokens=sums[4] / (n * k), truncated=1 - float(ended.double().mean()),
@@ -276,19 +276,20 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         if rank == 0:
             row["sample"] = dict(id=repeated[0]["id"], text=repeated[0]["text"], prompt=repeated[0]["prompt"],
                                  answer=texts[0], ended=flat[0][1], rewards={j: scores[j][0] for j in weights})
-            row["sample"]["rewards"] = {j: v if math.isfinite(v) else None for j, v in row["sample"]["rewards"].items()}
             common.append_jsonl(log, row)
             if (step + 1) % max(1, steps // 4) == 0:
                 tqdm.write(f"{name} {step + 1}/{steps}: {json.dumps(row['sample'], ensure_ascii=False)[:240]}")
             if (step + 1) % max(1, min(10, steps // 4)) == 0 and step + 1 < steps:
                 common.save_resume(resume, model, optimizer, step + 1, None)
         shown = {j: f"{row[j]['mean']:.3f}" for j in weights if row[j]["mean"] is not None}
-        bar.set_postfix(shown | ({"token": f"{row['token_reward']:.3f}"} if teacher else {}), tokens=f"{row['tokens']:.0f}")
-    if rank == 0:
-        last = {j: row[j]["mean"] for j in weights} if steps > first else {}
-        model.save(work / f"{name}.pt", **facts, metrics=last)
+        bar.set_postfix(shown | ({"token": f"{row['token_reward']:.3f}"} if teacher else {})
+                        | ({"skipped": sum(skipped)} if any(skipped) else {}), tokens=f"{row['tokens']:.0f}")
+        common.stop_if_all_skipped(skipped, name, model, work / f"{name}.stopped.pt", **facts)
+    if rank == 0:                                         # the checkpoint last: it says that the run is complete
+        rows = common.read_jsonl(log)
+        plot(rows, weights, work / "plots" / f"{name}.png", name)
+        model.save(work / f"{name}.pt", **facts, metrics={j: rows[-1][j]["mean"] for j in weights})
         resume.unlink(missing_ok=True)
-        plot(common.read_jsonl(log), weights, work / "plots" / f"{name}.png", name)
     common.barrier()
 
 
@@ -344,13 +345,24 @@ def main():
         runs = [(args.out or name, weights, token_weight)]
     rank, world, device = common.setup_processes()
     init = args.given.get("init", args.work / "sft.pt")
-    items = common.read_items(args.work, "train", 1)
+    items = common.read_items(args.work, "train")
+    if args.rl_prompts > len(items):
+        raise UserError(f"a batch of {args.rl_prompts} prompts is larger than the {len(items)} items of train.jsonl; use a smaller "
+                        "--batch-size")
     common.load_checkpoint(init, "rba-speechlm-1")        # before the models are loaded: it may be missing
     model = common.SpeechLM(vars(args), device)
     data = items, common.listen_to_split(model, args.work, args.work / "data" / "train.jsonl", items,
-                                          window=args.max_seconds + 3, rank=rank, world=world)
+                                          window=args.window, rank=rank, world=world)
     for name, weights, token_weight in runs:
-        teacher = common.Teacher(model, args.teacher) if token_weight or "logp" in weights else None
+        teacher = None
+        if token_weight or "logp" in weights:
+            try:
+                teacher = common.Teacher(model, args.teacher)
+            except UserError as error:
+                if len(runs) == 1:
+                    raise
+                print(f"{name} is left out: {error}")
+                continue
         train(model, teacher, name, weights, token_weight, init, data, args, rank, world)
 
 

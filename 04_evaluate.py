@@ -22,13 +22,13 @@ import contextlib
 from collections import Counter
 from pathlib import Path
 
+import common                                             # first: it says in one line what is missing
+from common import TASKS, UserError
+
 import numpy as np
 import sacrebleu
 import torch
 from tqdm import tqdm
-
-import common
-from common import TASKS, UserError
 
 FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "conditions": dict(help="comma-separated acoustic conditions, clean first: clean,noise:5,reverb:0.6,band:1666,babble:5"),
@@ -125,32 +125,27 @@ def load_system(model, system, work):
     return model.load(work / f"{system}.pt" if system not in UNTRAINED else "none")
 
 
-def answer_all(model, system, items, heard, max_new):
-    """Greedy answers of a loaded system: list of (answer, tokens, ended). `heard`: what Whisper made of the speech."""
-    requests, as_text = [item["prompt"] for item in items], system in ("text", "cascade")
+def answer_all(model, system, items, heard, max_new, batch_size=64):
+    """Greedy answers of a loaded system, batched by prompt length: list of (answer, tokens, ended) in the items' order.
+    `heard`: what Whisper made of the speech."""
+    as_text, tokenizer = system in ("text", "cascade"), model.tokenizer
+    requests = [item["prompt"] for item in items]
+    around = {p: sum(map(len, common.chat_parts(tokenizer, p)[:2])) for p in set(requests)}
+    texts = [row["text"] for row in (items if system == "text" else heard)]
+    lengths = [around[p] + len(tokenizer(text, add_special_tokens=False).input_ids) for p, text in zip(requests, texts)]
+    order, answers = sorted(range(len(items)), key=lambda i: lengths[i]), [None] * len(items)
     with torch.inference_mode(), tqdm(total=len(items), desc=f"answer {system}", unit="item", leave=False) as bar, (
             model.as_text_llm() if as_text else contextlib.nullcontext(model.llm)) as llm:
-        if as_text:
-            texts = [row["text"] for row in (items if system == "text" else heard)]
-            prompts = common.text_prompts(model.tokenizer, llm, texts, requests)
-        else:
-            prompts = [prompt for at in range(0, len(items), 16)
-                       for prompt in model.speech_prompts(heard[at:at + 16], requests[at:at + 16])]
-        return answer_prompts(model, llm, prompts, max_new, progress=bar)
-
-
-def answer_prompts(model, llm, prompts, max_new, batch_size=64, progress=None):
-    """Greedy answers as text, batched by prompt length: list of (text, number of tokens, ended) in the given order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [None] * len(prompts)
-    for at in range(0, len(order), batch_size):
-        chosen = order[at:at + batch_size]
-        with common.autocast(model.llm):
-            replies = common.sample(llm, [prompts[i] for i in chosen], model.end_id, max_new)
-        for i, [(ids, ended)] in zip(chosen, replies):
-            answers[i] = (model.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), ended)
-        if progress is not None:
-            progress.update(len(chosen))
+        for at in range(0, len(order), batch_size):
+            chosen = order[at:at + batch_size]
+            asked = [requests[i] for i in chosen]
+            prompts = (common.text_prompts(tokenizer, llm, [texts[i] for i in chosen], asked) if as_text else
+                       model.speech_prompts([heard[i] for i in chosen], asked))
+            with common.autocast(model.llm):
+                replies = common.sample(llm, prompts, model.end_id, max_new)
+            for i, [(ids, ended)] in zip(chosen, replies):
+                answers[i] = (tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), ended)
+            bar.update(len(chosen))
     return answers
 
 
@@ -162,11 +157,11 @@ def available(args):
     missing = [name for name in chosen if name not in (*held, "init")]
     if missing:
         raise UserError(f"--systems {missing[0]}: no {args.work / missing[0]}.pt; there are {', '.join(held)}")
-    if not (set(chosen) - {"text", "cascade"}):
-        if not args.ask:
-            raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
-        chosen = ["cascade", "init"]                      # right after the installation
-    return chosen
+    if args.systems or len(held) > 2:
+        return chosen
+    if not args.ask:
+        raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
+    return ["cascade", "init"]                            # right after the installation
 
 
 def ask(args, systems):
@@ -279,19 +274,26 @@ def plot(rows, path):
 
 def main():
     args = common.parse_args(__doc__, FLAGS)
-    systems = available(args)
+    systems, conditions = available(args), args.conditions.split(",")
+    for condition in conditions:
+        common.parse_condition(condition)
+    for system in set(systems) - set(UNTRAINED):          # before the models are loaded
+        common.load_checkpoint(args.work / f"{system}.pt", "rba-speechlm-1")
     if args.ask:
         ask(args, systems)
         return
     rank, world, device = common.setup_processes()
+    if rank == 0:
+        common.claim(args.work / "results.json")
     source = Path(args.data) if args.data else args.work / "data" / "test_all.jsonl"
-    items = own_items(source) if args.data else common.read_items(args.work, "test_all", 3)
+    items = common.read_jsonl(source, own_item) if args.data else common.read_items(args.work, "test_all")
+    if not items:
+        raise UserError(f"{source}: holds no items")
     suffix = f"-{source.stem}" if args.data else ""
     model = common.SpeechLM(vars(args), device)
     embed, teacher = common.Embedder(args.embedder, device), common.Teacher(model, args.teacher)
-    data_key, window = common.fingerprint(source), 30.0 if args.data else min(30.0, args.max_seconds + 3)
+    data_key, window = common.fingerprint(source), 30.0 if args.data else args.window
     measured, trained, histories = {}, {}, {}
-    conditions = args.conditions.split(",")
     heard = {condition: common.listen_to_split(model, args.work, source, items, condition, window, rank, world)
              for condition in conditions}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
@@ -306,7 +308,8 @@ def main():
             histories[system] = common.load_checkpoint(checkpoint, "rba-speechlm-1")["history"]
             trained[system] = [r for past in histories[system] for r in
                                (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
-        if at % world == rank and not (path.exists() and common.read_jsonl(path)[0].get("key") == key):
+        held = common.read_jsonl(path, produced_by="04_evaluate.py") if path.exists() else []
+        if at % world == rank and [row.get("key") for row in held] != [key] * len(items):
             load_system(model, system, args.work)
             answers = answer_all(model, system, items, heard[condition], args.max_new)
             scores = judge(model, teacher, items, answers)
@@ -318,10 +321,10 @@ def main():
         return
     # ---- metrics, intervals, table, plot; once more for the items in voices that train does not have
     everything = range(len(items))
-    unheard = {entry.partition("*")[0] for entry in args.unheard_voices.split(",")}
+    unheard = common.parse_voices(args.unheard_voices)
     parts = {"": everything, UNHEARD: [i for i in everything if items[i].get("voice") in unheard]}
     for condition, system in work:
-        rows = common.read_jsonl(answers_path(args.work, source, system, condition))
+        rows = common.read_jsonl(answers_path(args.work, source, system, condition), produced_by="04_evaluate.py")
         for part, chosen in parts.items():
             if chosen and (not part or condition == conditions[0]):
                 measured.setdefault(condition + part, {})[system] = measure(
@@ -352,20 +355,14 @@ def answers_path(work, source, system, condition):
     return work / "answers" / source.stem / f"{system}.{condition.replace(':', '-')}.jsonl"
 
 
-def own_items(path):
-    """Rows with id, audio (relative to the file), task, instruction, reference (a string or list) as items."""
-    items = []
-    for row in common.read_jsonl(path, ("id", "audio", "task", "instruction", "reference")):
-        if row["task"] not in TASKS:
-            raise UserError(f"{path}: item {row['id']} has the task {row['task']}; one of {', '.join(TASKS)}")
-        references = [row["reference"]] if isinstance(row["reference"], str) else row["reference"]
-        if not references:
-            raise UserError(f"{path}: item {row['id']} has an empty reference")
-        items.append(dict(id=row["id"], audio=row["audio"], task=row["task"], text=row["instruction"],
-                          prompt=row.get("prompt", ""), reference=references))
-    if not items:
-        raise UserError(f"{path}: holds no items")
-    return items
+def own_item(row):
+    """A row of --data, with id, audio (relative to the file), task, instruction, reference (a string or list), as an item."""
+    references = [row["reference"]] if isinstance(row.get("reference"), str) else row.get("reference")
+    if not references:
+        raise ValueError("has no reference")
+    item = dict(id=row.get("id"), audio=row.get("audio"), task=row.get("task"), text=row.get("instruction"),
+                prompt=row.get("prompt", ""), reference=references)
+    return common.check_item(item, {name: common.ITEM[name] for name in item})
 
 
 if __name__ == "__main__":

@@ -15,29 +15,34 @@ import importlib.metadata
 import json
 import math
 import os
-import pickle
 import platform
 import shutil
 import struct
 import subprocess
 import sys
-import tempfile
+import time
 import zipfile
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-import soundfile
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import torchaudio
-import whisper
-import whisper.normalizers
-import whisper.tokenizer
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+try:                                                      # the scripts import this file first, so that it fails here or nowhere
+    import numpy as np
+    import soundfile
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    import torchaudio
+    import whisper
+    import whisper.normalizers
+    import whisper.tokenizer
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+    from tqdm import tqdm
+except (ImportError, OSError) as problem:                 # OSError: a shared library, as of torchaudio for another CUDA
+    print(f"error: {' '.join(str(problem).split())[:200]}: a package is missing, or torch and torchaudio are not of one version and "
+          "CUDA; run pip install -r requirements.txt in a fresh environment", file=sys.stderr)
+    sys.exit(2)
 
 RATE = 16_000                                             # Hz, of every waveform in this repo
 SYSTEM = "You are a voice assistant. Answer in one short sentence."  # the one system turn of every prompt
@@ -98,7 +103,9 @@ def parse_args(doc, flags, argv=None):
         least = 1 if key in ("max_steps", "batch_size", "k") else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise UserError(f"--{key.replace('_', '-')} {value}: must be a number of at least {least}")
-    return argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
+    args = argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
+    args.window = min(30.0, args.max_seconds + 3)         # seconds of audio Whisper gets: the speech, then silence
+    return args
 
 
 def run(main):
@@ -114,7 +121,9 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)):                # of several processes with the same message the first prints it:
+            time.sleep(2)                                 # torchrun ends the others when one has ended
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
@@ -140,12 +149,21 @@ def write_atomic(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free the disk or choose another "
-                        "--work, then run the same command again") from None
+        folder = os.open(path.parent, os.O_RDONLY)        # the rename too must outlast a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:              # torch.save turns a full disk into a RuntimeError
+        raise _unwritable(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path, error):
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:80]
+    return UserError(f"{path}: cannot be written ({reason}); free the disk or choose another --work, then run the same command again")
 
 
 def write_torch(path, value):
@@ -168,45 +186,84 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def _finite(value):
+    """NaN and infinities, which are no JSON, become null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append_jsonl(path, row):
-    """Append one whole line (a single write of bytes)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    """Append one whole line: a single write of bytes, on the disk when this returns."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            line = (json.dumps(_finite(row), ensure_ascii=False) + "\n").encode()
+            if file.write(line) < len(line):
+                raise OSError(28, "disk full")
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
-def read_jsonl(path, fields=(), produced_by=""):
-    """Rows of a JSONL file. Raises UserError naming file:line for a missing file, bad line, missing field, double id."""
+def read_jsonl(path, parse=None, produced_by="", torn=False):
+    """Rows of a JSONL file, each put through `parse`, whose ValueError says what is wrong with a row. `torn`: what stands
+    behind the last end of line, as a kill leaves it, does not count.
+
+    Raises UserError naming file:line for a missing file, a line that is no JSON object, what parse refuses, a double id.
+    """
     path, rows, seen = Path(path), [], {}
+    remedy = f"delete the file and run {produced_by} again" if produced_by else "mend or delete the line"
     if not path.is_file():
         raise UserError(f"{path}: missing" + (f"; run {produced_by} first (same --work)" if produced_by else ""))
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1] if torn else lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg}); delete the line or the file and run "
-                            f"{produced_by or 'the stage that wrote it'} again") from None
-        missing = [name for name in fields if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise UserError(f"{path}:{number}: item {row.get('id', '?') if isinstance(row, dict) else line[:40]} "
-                            f"lacks the field {missing[0]}")
-        if isinstance(row, dict) and "id" in row:
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+        except ValueError as error:                       # not JSON, not UTF-8
+            raise UserError(f"{path}:{number}: not a JSON object ({str(error)[:80]}); {remedy}") from None
+        try:
+            rows.append(parse(row) if parse else row)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: item {row.get('id', '?')!s:.40}: {error}; {remedy}") from None
+        if "id" in row:
             if row["id"] in seen:
-                raise UserError(f"{path}:{number}: id {row['id']} stands already in line {seen[row['id']]}")
+                raise UserError(f"{path}:{number}: id {row['id']} stands already in line {seen[row['id']]}; {remedy}")
             seen[row["id"]] = number
-        rows.append(row)
     return rows
 
 
-ITEM_FIELDS = ("id", "task", "text", "prompt", "response", "reference", "audio", "seconds", "ended")
+ITEM = dict(id=str, task=str, text=str, prompt=str, response=str, reference=list, audio=str, seconds=float, ended=bool)
 
 
-def read_items(work, split, minimum=0):
-    """Items of one split of the synthesized data; UserError when fewer than `minimum`."""
-    items = read_jsonl(work / "data" / f"{split}.jsonl", ITEM_FIELDS, "01_synthesize.py")
-    if len(items) < minimum:
-        raise UserError(f"{work / 'data' / split}.jsonl: {len(items)} items, at least {minimum} needed; run "
-                        f"01_synthesize.py with a larger --n-{split.split('_')[0]}")
+def check_item(row, fields=ITEM):
+    """The row, if it has the fields in their types, a known task, and words in the instruction and in each reference."""
+    for name, kind in fields.items():
+        if name not in row:
+            raise ValueError(f"lacks the field {name}")
+        if type(row[name]) is not kind and not (kind is float and type(row[name]) is int):
+            raise ValueError(f"the field {name} is {row[name]!r:.40} and not of the type {kind.__name__}")
+    if row["task"] not in TASKS:
+        raise ValueError(f"has the task {row['task']}, not one of {', '.join(TASKS)}")
+    if not all(isinstance(text, str) and has_words(text) for text in [row["text"], *(row["reference"] or [""])]):
+        raise ValueError("no words are left of its text or reference after normalisation")
+    if not 0 < row.get("seconds", 1) < math.inf:
+        raise ValueError(f"lasts {row['seconds']} seconds")
+    return row
+
+
+def read_items(work, split):
+    """Items of one split of the synthesized data; UserError when there are none, or none of a task in `train`."""
+    path = work / "data" / f"{split}.jsonl"
+    items = read_jsonl(path, check_item, "01_synthesize.py")
+    lacking = [task for task in TASKS if split == "train" and not any(item["task"] == task for item in items)]
+    if lacking or not items:
+        raise UserError(f"{path}: no item" + (f" of the task {lacking[0]}" if lacking and items else "") + "; run 01_synthesize.py "
+                        f"in another --work with a larger --n-{split.split('_')[0]}")
     return items
 
 
@@ -219,17 +276,45 @@ def fingerprint(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+_locks = {}
+
+
+def claim(path):
+    """Make this process the only one that writes `path` and what goes with it, until it ends; UserError if another does.
+    Clears away the temporary files of processes that were killed."""
+    lock = path.with_name(f".{path.stem}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = _locks.setdefault(lock, open(lock, "a"))   # the lock goes with the process
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{lock}: another run is writing here; wait for its end, or use another --work or --out") from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    for leftover in path.parent.rglob(".*.tmp"):
+        try:
+            os.kill(int(leftover.name.split(".")[-2]), 0)  # signal 0 only asks whether the process lives
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            pass
+
+
 def record_config(path, config):
     """Write the resolved configuration beside an output, or refuse to go on there with another one."""
     config = json.loads(json.dumps(config, default=str))
-    if path.exists():
+    claim(path)
+    if not path.exists():
+        write_json(path, {"config": config} | environment())
+        return
+    try:
         old = json.loads(path.read_text())["config"]
         differing = sorted(key for key in old.keys() | config.keys() if old.get(key) != config.get(key))
-        if differing:
-            changes = ", ".join(f"{key}: {old.get(key)} -> {config.get(key)}" for key in differing)
-            raise UserError(f"{path}: made with another configuration ({changes}); use another --work or --out")
-        return
-    write_json(path, {"config": config} | environment())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{path}: not a configuration that this repo wrote; use another --work or --out") from None
+    if differing:
+        changes = ", ".join(f"{key}: {old.get(key)} -> {config.get(key)}" for key in differing)
+        raise UserError(f"{path}: made with another configuration ({changes}); use another --work or --out")
 
 
 def environment():
@@ -243,19 +328,37 @@ def environment():
 
 # ------------------------------------------------------------------------------------------------ processes
 def setup_processes():
-    """(rank, world size, device); one process by itself, or several under torchrun."""
+    """(rank, world size, device); one process by itself, or several under torchrun. UserError for a GPU that torch can't use."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = torch.device("cpu")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if Path("/dev/nvidiactl").exists() and not hidden or torch.cuda.is_available():
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        try:
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device).add(1).item()    # a driver too old, or kernels for other GPUs, show here
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"torch {torch.__version__} can't use this machine's GPU ({str(error).splitlines()[0][:120]}); install the "
+                            "torch and torchaudio of its CUDA version, or set CUDA_VISIBLE_DEVICES= to run on the CPU") from None
+    if world > 1 and not dist.is_initialized():           # hours, as the others may wait for one that works alone
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return rank, world, device
+
+
+@contextlib.contextmanager
+def _together():
+    """Around a collective call: the death of another process is one line here."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has ended ({str(error).splitlines()[0][:80]}); its own message says why; "
+                        "run the same command again to go on") from None
 
 
 def barrier():
     if dist.is_initialized():
-        dist.barrier()
+        with _together():
+            dist.barrier()
 
 
 def gather(values):
@@ -263,7 +366,8 @@ def gather(values):
     if not dist.is_initialized():
         return values
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
+    with _together():
+        dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]
 
 
@@ -273,7 +377,8 @@ def sum_gradients(parameters):
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            with _together():
+                dist.all_reduce(parameter.grad)
 
 
 def batch_at(n_items, batch_size, step, *seed):
@@ -348,9 +453,17 @@ def resolve(name):
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                  # a second process waits here and then finds it complete
         if not (target / "complete").exists():
-            shutil.rmtree(target, ignore_errors=True)     # what a kill left half-filled
-            with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-                _fetch(name, Path(folder), target)
+            folder = cache_dir() / f".{name}.download"
+            for half_filled in (target, folder):          # what a kill left
+                shutil.rmtree(half_filled, ignore_errors=True)
+            try:
+                folder.mkdir()
+                _fetch(name, folder, target)
+            except OSError as error:
+                raise UserError(f"{cache_dir()}: cannot be written ({error.strerror or error}); free the disk or set RBA_CACHE "
+                                "to another directory") from None
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     return str(target)
 
 
@@ -460,16 +573,25 @@ def _convert_whisper(folder):
     (folder / "model.bin").unlink()
 
 
+@contextlib.contextmanager
+def loading(name, kind):
+    """resolve(name) for a loader; whatever a library raises on files it can't read becomes one line."""
+    path = resolve(name)
+    try:
+        yield path
+    except Exception as error:
+        remedy = (f"delete {path}, which is damaged, and run the same command again" if name in EMBEDDED else
+                  "give a local path, a reachable hub id, or one of " + ", ".join(EMBEDDED))
+        reason = next(iter(str(error).splitlines()), "")[:160]
+        raise UserError(f"{name}: no {kind} can be loaded ({type(error).__name__}: {reason}); {remedy}") from None
+
+
 def load_llm(name, dtype=None):
     """(tokenizer, causal LM in eval mode) of a resolved name; bfloat16 where the hardware has it, else float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    path = resolve(name)
-    try:
+    with loading(name, "causal LM") as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or native_dtype(), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no causal LM can be loaded ({str(error).splitlines()[0][:160]}); give a local "
-                        "directory, a reachable hub id, or one of " + ", ".join(EMBEDDED)) from None
     tokenizer.clean_up_tokenization_spaces = False        # decoding must give the words as they were
     return tokenizer, llm.eval().requires_grad_(False)
 
@@ -481,11 +603,8 @@ def native_dtype():
 
 def load_whisper(name, device="cpu"):
     """openai-whisper's model from the embedded checkpoint, a .pt file or one of its own names; float32, frozen."""
-    path = resolve(name)
-    try:
+    with loading(name, "Whisper model") as path:
         model = whisper.load_model(path + "/model.pt" if name in EMBEDDED else path, device=device)
-    except (RuntimeError, OSError, pickle.UnpicklingError, KeyError) as error:
-        raise UserError(f"{name}: no Whisper model ({str(error).splitlines()[0][:120]})") from None
     return model.float().eval().requires_grad_(False)
 
 
@@ -494,17 +613,20 @@ class Embedder:
 
     def __init__(self, name, device="cpu"):
         from transformers import AutoModel, AutoTokenizer
-        path = resolve(name)
-        self.tokenizer, self.model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+        with loading(name, "sentence embedder") as path:
+            self.tokenizer, self.model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
 
     @torch.inference_mode()
-    def __call__(self, texts):
+    def __call__(self, texts, batch_size=256):
         """list of N strings -> (N, 384) float32, rows of length 1."""
-        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
-        batch = batch.to(self.model.device)
-        mask = batch["attention_mask"].unsqueeze(-1)                                       # (N, T, 1)
-        hidden = self.model(**batch).last_hidden_state                                     # (N, T, 384)
-        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
+        out = []
+        for at in range(0, len(texts), batch_size):
+            batch = self.tokenizer(texts[at:at + batch_size], padding=True, truncation=True, max_length=256, return_tensors="pt")
+            batch = batch.to(self.model.device)
+            mask = batch["attention_mask"].unsqueeze(-1)                                   # (n, T, 1)
+            hidden = self.model(**batch).last_hidden_state                                 # (n, T, 384)
+            out.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu())
+        return torch.cat(out)
 
 
 # ---------------------------------------------------------------------------------------------------- audio
@@ -513,6 +635,8 @@ def read_audio(path, max_seconds=30.0):
 
     Raises UserError for what can't be understood as speech: missing, undecodable, empty, too long, NaN, silent.
     """
+    if not Path(path).is_file():                          # a pipe would wait for ever
+        raise UserError(f"{path}: no such file")
     try:
         with soundfile.SoundFile(path) as file:
             if not 1000 <= file.samplerate <= 384_000:
@@ -525,7 +649,7 @@ def read_audio(path, max_seconds=30.0):
     wave = torch.from_numpy(wave).mean(1)
     if not wave.isfinite().all():
         raise UserError(f"{path}: holds NaN or infinite samples; re-encode the file")
-    wave = torchaudio.functional.resample(wave - wave.mean() if len(wave) else wave, rate, RATE)
+    wave = torchaudio.functional.resample(wave - wave.double().mean().float() if len(wave) else wave, rate, RATE)
     if len(wave) < RATE // 10 or wave.abs().max() < 1e-4:
         raise UserError(f"{path}: {len(wave) / RATE:.2f} s, peak {wave.abs().max() if len(wave) else 0:.1e}: silent or "
                         "shorter than 0.1 s; record it again")
@@ -539,38 +663,60 @@ def at_snr(wave, noise, snr):
     return wave + gain * noise
 
 
+CONDITIONS = {"clean": (0, 0), "noise": (-30, 60), "babble": (-30, 60), "reverb": (0.01, 10), "band": (50, 7900)}
+
+
+def parse_condition(condition):
+    """"noise:5" -> ("noise", 5.0); UserError for another kind or an amount out of range."""
+    kind, _, amount = condition.partition(":")
+    with contextlib.suppress(KeyError, ValueError):
+        low, high = CONDITIONS[kind]
+        if low <= (value := float(amount or (0 if kind == "clean" else "nan"))) <= high:
+            return kind, value
+    raise UserError(f"condition {condition}: not clean, noise:DB or babble:DB (-30 to 60), reverb:SECONDS (0.01 to 10) or band:HZ "
+                    "(50 to 7900)")
+
+
 def perturb(wave, condition, seed, others=()):
-    """One acoustic condition, a pure function of its arguments; peak at most 1.
+    """One acoustic condition, a pure function of its arguments, computed by one thread, as the order of sums depends on their
+    number; peak at most 1.
 
     wave (samples,) at 16 kHz; condition "clean", "noise:SNR_DB", "reverb:RT60_SECONDS", "band:HERTZ" or
     "babble:SNR_DB" (the sum of the waves in `others`, started at random points); seed an int.
     """
-    generator = torch.Generator().manual_seed(seed)
-    kind, _, amount = condition.partition(":")
-    try:
-        amount = float(amount or 0)
-    except ValueError:
-        kind = None
+    kind, amount = parse_condition(condition)
     if kind == "clean":
         return wave
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        out = _disturb(wave, kind, amount, torch.Generator().manual_seed(seed), others)
+    finally:
+        torch.set_num_threads(threads)
+    return out / out.abs().max().clamp(min=1.0)
+
+
+def _disturb(wave, kind, amount, generator, others):
     if kind == "noise":
-        out = at_snr(wave, torch.randn(len(wave), generator=generator), amount)
-    elif kind == "reverb":                                # exponentially decaying noise, -60 dB at RT60
+        return at_snr(wave, torch.randn(len(wave), generator=generator), amount)
+    if kind == "reverb":                                # exponentially decaying noise, -60 dB at RT60
         t = torch.arange(int(amount * RATE)) / RATE
         response = torch.randn(len(t), generator=generator) * torch.exp(-math.log(1000) * t / amount) * 0.1
         response[0] = 1.0
-        out = torchaudio.functional.fftconvolve(wave, response)[:len(wave)]
-    elif kind == "band":
-        out = torchaudio.functional.lowpass_biquad(wave, RATE, amount)
-    elif kind == "babble" and len(others):
-        babble = torch.zeros(len(wave))
-        for other in others:
-            start = int(torch.randint(len(other), (1,), generator=generator))
-            babble += other.roll(-start).repeat(1 + len(wave) // len(other))[:len(wave)] / other.std().clamp(min=1e-6)
-        out = at_snr(wave, babble, amount)
-    else:
-        raise UserError(f"condition {condition}: not one of clean, noise:DB, reverb:S, band:HZ, babble:DB")
-    return out / out.abs().max().clamp(min=1.0)
+        return torchaudio.functional.fftconvolve(wave, response)[:len(wave)]
+    if kind == "band":
+        return torchaudio.functional.lowpass_biquad(wave, RATE, amount)
+    babble = torch.zeros(len(wave))
+    for other in others:
+        start = int(torch.randint(len(other), (1,), generator=generator))
+        babble += other.roll(-start).repeat(1 + len(wave) // len(other))[:len(wave)] / other.std().clamp(min=1e-6)
+    return at_snr(wave, babble, amount)
+
+
+def parse_voices(spec):
+    """"piper-joe*30,kokoro-jf_alpha" -> {"piper-joe": 30, "kokoro-jf_alpha": 1}: voices and their weights."""
+    pairs = (entry.partition("*") for entry in spec.split(","))
+    return {name: int(weight or 1) for name, _, weight in pairs}
 
 
 def whisper_tokenizer(asr):
@@ -614,6 +760,10 @@ def listen(asr, waves, window=30.0, batch_size=16):
 
 
 normalise = whisper.normalizers.EnglishTextNormalizer()
+
+
+def has_words(text):
+    return any(c.isalnum() for c in normalise(text))
 
 
 def word_errors(text, transcript):
@@ -768,6 +918,8 @@ class SpeechLM(nn.Module):
             held = load_checkpoint(path, "rba-speechlm-1")
         differing = [k for k in self.config if held["config"].get(k) != self.config[k]]
         parameters, state = self.trainable(), held["state"]
+        if not all(value.isfinite().all() for value in state.values()):
+            raise UserError(f"{path}: holds weights that are not finite; delete it and run the stage that writes it again")
         if not differing:
             differing = [n for n in parameters.keys() | state.keys()
                          if n not in parameters or n not in state or state[n].shape != parameters[n].shape]
@@ -789,46 +941,46 @@ def load_checkpoint(path, kind):
         return held
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run the stage that writes it first (same --work)") from None
-    except (ValueError, RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: no {kind} checkpoint ({str(error).splitlines()[0][:80]}); delete it and run the stage "
-                        "that writes it again") from None
+    except Exception as error:                            # whatever torch.load raises on foreign bytes
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:80]
+        raise UserError(f"{path}: no {kind} checkpoint ({reason}); delete it and run the stage that writes it again") from None
 
 
-def item_wave(folder, item):
+def item_wave(folder, item, max_seconds=30.0):
     """An item's waveform; its path is relative to the JSONL's folder and may not leave it."""
     path = (folder / item["audio"]).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise UserError(f"item {item['id']}: audio path {item['audio']} leaves {folder}; put the file below it")
-    return read_audio(path)
+    try:
+        return read_audio(path, max_seconds)
+    except UserError as error:
+        raise UserError(f"item {item['id']}: {error}") from None
 
 
-def condition_waves(source, items, condition="clean"):
-    """Waveforms of the items of a JSONL file under a condition, each seeded by its id; babble is the sum of the next four
-    utterances."""
-    waves = [item_wave(source.parent, item) for item in items]
-    return [perturb(wave, condition, derive_seed(item["id"], condition), [waves[(i + hop) % len(waves)] for hop in (1, 2, 3, 4)])
-            for i, (wave, item) in enumerate(zip(waves, items))]
+def condition_wave(folder, items, i, condition="clean", max_seconds=30.0):
+    """Waveform of the i-th item under a condition, seeded by its id; babble is the sum of the next four utterances."""
+    hops = (1, 2, 3, 4) if condition.startswith("babble") else ()
+    wave, *others = (item_wave(folder, items[(i + hop) % len(items)], max_seconds) for hop in (0, *hops))
+    return perturb(wave, condition, derive_seed(items[i]["id"], condition), others)
 
 
 def listen_to_split(model, work, source, items, condition="clean", window=30.0, rank=0, world=1):
-    """`listen` for the items of a JSONL file `source`: done once, in batches shared among the processes, and kept in
+    """`listen` for the items of a JSONL file `source`: done once, in parts shared among the processes, and kept in
     work/heard/ until data, models or condition change."""
-    path = work / "heard" / f"{source.stem}.{condition.replace(':', '-')}.pt"
+    folder, size = work / "heard" / f"{source.stem}.{condition.replace(':', '-')}", 64
     key = f"{fingerprint(source)} {model.config['whisper']} {model.config['student']} {condition} {window}"
-    if path.exists():
-        held = load_checkpoint(path, "rba-heard-1")
-        if held["key"] == key:
-            return held["heard"]
-    waves, mine, size = condition_waves(source, items, condition), [], 16
+    parts = [(folder / f"{part:04d}.pt", range(at, min(at + size, len(items)))) for part, at in enumerate(range(0, len(items), size))]
     with tqdm(total=len(items), desc=f"listen to {source.stem} {condition}", unit="utt", leave=False, disable=rank > 0) as bar:
-        for batch, at in enumerate(range(0, len(items), size)):
-            if batch % world == rank:
-                mine.append((batch, model.listen(waves[at:at + size], window)))
-            bar.update(min(size, len(items) - at))
-    heard = [row for _, rows in sorted(gather(mine), key=lambda part: part[0]) for row in rows]
-    if rank == 0:
-        write_torch(path, {"format": "rba-heard-1", "key": key, "heard": heard})
-    return heard
+        for part, (path, chosen) in enumerate(parts):
+            if part % world == rank and not (path.exists() and load_checkpoint(path, "rba-heard-1")["key"] == key):
+                rows = []
+                for at in range(0, len(chosen), 16):
+                    rows += model.listen([condition_wave(source.parent, items, i, condition, window) for i in chosen[at:at + 16]], window)
+                    bar.set_postfix(part=f"{at}/{len(chosen)}")
+                write_torch(path, {"format": "rba-heard-1", "key": key, "heard": rows})
+            bar.update(len(chosen))
+    barrier()
+    return [row for path, _ in parts for row in load_checkpoint(path, "rba-heard-1")["heard"]]
 
 
 # ------------------------------------------------------------------------------- log-probabilities and sampling
@@ -995,16 +1147,32 @@ def make_optimizer(model):
                              betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def optimizer_step(optimizer, lr):
-    """Sum gradients over processes, clip to norm 1, update. Returns the norm before clipping."""
+MAX_SKIPPED = 5                                           # updates in a row without a finite loss and gradient
+
+
+def optimizer_step(optimizer, lr, loss):
+    """Sum gradients over processes, clip to norm 1, update. Returns the norm before clipping, or None and no update where
+    it or the loss (of all processes) is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, 1.0))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    optimizer.step()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm if finite else None
+
+
+def stop_if_all_skipped(skipped, name, model, path, **facts):
+    """skipped: a bool for every update so far. UserError after MAX_SKIPPED in a row; the last good weights are kept in `path`."""
+    if len(skipped) >= MAX_SKIPPED and all(skipped[-MAX_SKIPPED:]):
+        if int(os.environ.get("RANK", 0)) == 0:
+            model.save(path, **facts)
+        barrier()
+        raise UserError(f"{name}: {MAX_SKIPPED} updates in a row had no finite loss or gradient ({sum(skipped)} of {len(skipped)} in all); "
+                        f"the last good weights are in {path}; use a smaller --lr and another --out")
 
 
 def save_resume(path, model, optimizer, step, best):
@@ -1015,8 +1183,9 @@ def save_resume(path, model, optimizer, step, best):
 
 
 def load_resume(path, model, optimizer, log):
-    """-> (next step, best); (0, None) without a resume file. Log lines of steps that will be repeated are dropped."""
-    step, best = 0, None
+    """-> (next step, best, for each step so far whether its update was skipped); (0, None, []) without a resume file. Log
+    lines of steps that will be repeated are dropped, and the half line that a kill can leave."""
+    step, best, rows = 0, None, []
     if path.exists():
         held = load_checkpoint(path, "rba-resume-1")
         parameters = model.trainable()
@@ -1027,8 +1196,11 @@ def load_resume(path, model, optimizer, log):
         torch.set_rng_state(held["rng"])
         step, best = held["step"], held["best"]
     if log.exists():
-        write_jsonl(log, [row for row in read_jsonl(log) if row["step"] < step])
-    return step, best
+        rows = [row for row in read_jsonl(log, torn=True) if row["step"] < step]
+        barrier()                                         # all have read it
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_jsonl(log, rows)
+    return step, best, [row["grad_norm"] is None for row in rows]
 
 
 def bootstrap(statistics, aggregate=lambda sums, n: sums[..., 0] / n, resamples=2000, seed=0):

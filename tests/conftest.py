@@ -43,6 +43,25 @@ def model():
     return common.SpeechLM(common.PRESETS["tiny"], dtype=torch.float32)
 
 
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """One end-to-end run of the four scripts at the smallest size."""
+    from kill import DATA, finish, start
+    folder = tmp_path_factory.mktemp("run") / "work"
+
+    def run(script, *flags, **environment):
+        return finish(start(script, folder, flags, **environment))[0]
+    run("01_synthesize.py", *DATA)
+    run("02_sft_warmup.py", *TRAIN, GRADIENTS=folder / "sft.gradients")
+    run("03_rba_rl.py", "--max-steps", 2, "--batch-size", 2, "--k", 2, "--out", "rba")
+    run("03_rba_rl.py", *BOTH, ROLLOUTS=folder / "rba+opd.rollouts", GRADIENTS=folder / "rba+opd.gradients")
+    (folder / "stdout.txt").write_text(run("04_evaluate.py", *SYSTEMS))
+    return folder
+
+
+TRAIN = ("--max-steps", 2, "--batch-size", 4)
+BOTH = ("--max-steps", 1, "--batch-size", 2, "--k", 2, "--baseline", "greedy", "--token-reward", 0.1, "--rewards", "semantic=1,logp=0.5")
+SYSTEMS = ("--systems", "text,sft,rba,rba+opd")
 SENTENCES = ("What is the capital of France?", "Can you give me some tips on how to cook a large chicken?",
              "I am going to the store.", "Who was the first person to walk on the moon?")
 

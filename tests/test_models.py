@@ -53,7 +53,7 @@ def test_whisper_does_not_repeat_itself_endlessly(model):
     synthesize = stage("01_synthesize")
     item = dict(text="The building has heavy seismic loads to provide safety from earthquakes.", seed=4542988587387902846, split="test")
     voices, unheard = (synthesize.Voices(common.PRESETS["tiny"][name]) for name in ("voices", "unheard_voices"))
-    wave, voice, _, _ = synthesize.speak(voices, unheard, item)
+    wave, voice, _ = synthesize.speak(voices, unheard, item)
     [heard] = common.listen(model.asr, [wave], 12.0)
     assert voice == "kokoro-jf_nezumi" and common.word_errors(item["text"], heard["text"])[0] <= 2
 
@@ -102,7 +102,7 @@ def test_the_untrained_speechlm_reads_what_the_cascade_reads(model, sounds):
 def test_kokoro_speaks_too(model):
     item = dict(text=SENTENCES[0], seed=1, split="train")
     voices = stage("01_synthesize").Voices("kokoro-jf_alpha")
-    wave, voice, _, _ = stage("01_synthesize").speak(voices, voices, item)
+    wave, voice, _ = stage("01_synthesize").speak(voices, voices, item)
     assert voice == "kokoro-jf_alpha" and 1 < len(wave) / common.RATE < 6
     [heard] = common.listen(model.asr, [wave], 12.0)
     assert common.word_errors(item["text"], heard["text"])[0] <= 1
@@ -112,10 +112,10 @@ def test_a_speech_item_is_drawn_from_its_seed():
     synthesize = stage("01_synthesize")
     voices, other_voices = synthesize.Voices("piper-joe"), synthesize.Voices("kokoro-jf_nezumi")
     first, again, other = (synthesize.speak(voices, other_voices, dict(text=SENTENCES[1], seed=seed, split="train")) for seed in (5, 5, 6))
-    assert torch.equal(first[0], again[0]) and first[1:] == again[1:] and first[3] != other[3]
+    assert torch.equal(first[0], again[0]) and first[1:] == again[1:] and first[2] != other[2]
     tests = [synthesize.speak(voices, other_voices, dict(text=SENTENCES[2], seed=seed, split="test")) for seed in range(8)]
-    assert {voice for _, voice, _, _ in tests} == {"piper-joe", "kokoro-jf_nezumi"}        # unheard voices, only here
-    assert {condition for _, _, condition, _ in tests} == {"clean"}
+    assert {voice for _, voice, _ in tests} == {"piper-joe", "kokoro-jf_nezumi"}        # unheard voices, only here
+    assert {described.split()[0] for _, _, described in tests} == {"clean"}
 
 
 def test_conditions_do_what_they_say(waves):
@@ -224,8 +224,8 @@ def test_a_sample_does_not_depend_on_its_batch_but_for_rounding(model, chats):
 # ----------------------------------------------------------------------------------------------------- the SpeechLM
 def test_answers_are_the_same_alone_padded_and_permuted(model, sounds):
     def answers(order):
-        prompts = model.speech_prompts([sounds[i] for i in order], [REQUESTS[i] for i in order])
-        return dict(zip(order, stage("04_evaluate").answer_prompts(model, model.llm, prompts, 16, batch_size=3)))
+        items = [dict(prompt=REQUESTS[i]) for i in order]
+        return dict(zip(order, stage("04_evaluate").answer_all(model, "init", items, [sounds[i] for i in order], 16, batch_size=3)))
     with torch.no_grad():
         together = answers([0, 1, 2, 3])
         assert together == answers([2, 0, 3, 1])
@@ -313,7 +313,7 @@ def test_one_sft_step_lowers_the_loss_and_kd_of_the_teacher_itself_is_zero(model
     for _ in range(3):
         loss = sft.sft_loss(model, items, sounds[:2]) / 10
         loss.backward()
-        common.optimizer_step(optimizer, 1e-3)
+        common.optimizer_step(optimizer, 1e-3, float(loss.detach()))
         losses.append(float(loss.detach()))
     with torch.no_grad():
         for name, p in model.trainable().items():
