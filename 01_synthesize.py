@@ -19,6 +19,7 @@ The unit of work is a numbered batch seeded by (seed, stream, batch): kills and 
     python 01_synthesize.py                                       one process
     torchrun --nproc_per_node 8 01_synthesize.py --preset small   one node
 """
+import json
 import math
 import random
 import re
@@ -217,6 +218,14 @@ def assign_splits(rows, args):
 
 
 # ----------------------------------------------------------------------------------------------- 3: speech
+def onnx_session(path):
+    """One thread: Piper's samples depend on the number of threads, and the processes of a node share its cores."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class Voices:
     """Text -> speech of a named voice: `piper-NAME`, `kokoro-STYLE`. Deterministic (Piper's noise is off)."""
 
@@ -235,10 +244,12 @@ class Voices:
             with common.loading(key, "voice") as path:
                 if key == "kokoro":
                     from kokoro_onnx import Kokoro
-                    self.loaded[key] = Kokoro(f"{path}/kokoro.onnx", f"{path}/voices.npz")
+                    self.loaded[key] = Kokoro.from_session(onnx_session(f"{path}/kokoro.onnx"), f"{path}/voices.npz")
                 else:
-                    from piper import PiperVoice
-                    self.loaded[key] = PiperVoice.load(path if Path(path).is_file() else f"{path}/voice.onnx")
+                    from piper import PiperConfig, PiperVoice
+                    path = path if Path(path).is_file() else f"{path}/voice.onnx"
+                    config = PiperConfig.from_dict(json.loads(Path(f"{path}.json").read_text(encoding="utf-8")))
+                    self.loaded[key] = PiperVoice(config=config, session=onnx_session(path))
         engine = self.loaded[key]
         if key == "kokoro":
             return engine.create(text, voice=voice.removeprefix("kokoro-"), speed=speed)

