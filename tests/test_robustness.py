@@ -464,6 +464,21 @@ def test_a_learning_rate_spike_does_not_overwrite_the_best(train_sft):
     assert best["metrics"]["step"] == 0 and all(value.abs().max() == 0 for name, value in best["state"].items() if "lora_B" in name)
 
 
+@pytest.fixture
+def small(work, tmp_path):
+    """`work` with an LLM of two small random layers, whose steps are short: what could pile up is the same. -> (folder, PRESET)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    tokenizer, llm = common.load_llm("smollm2-135m")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(**llm.config.to_dict() | sizes | {"head_dim": 16})).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    link_tree(work / "data", tmp_path / "work" / "data")
+    preset = dict(student=str(tmp_path / "llm"), teacher=str(tmp_path / "llm"), max_new=16)
+    finish(start("02_sft_warmup.py", tmp_path / "work", ["--objective", "sft", *TRAIN], PRESET=json.dumps(preset)))
+    return tmp_path / "work", preset
+
+
 def memory_of(process, progress):
     """[(progress(), MB resident)] every second until the process ends by itself."""
     samples, ended = [], threading.Thread(target=finish, args=(process,))   # its output has to be read all the while
@@ -474,23 +489,34 @@ def memory_of(process, progress):
             samples.append((progress(), int(status.split("VmRSS:")[1].split()[0]) // 1024))
         time.sleep(1)
     assert process.returncode == 0
+    print(f"MB at every twentieth of the time: {[mb for _, mb in samples[::max(1, len(samples) // 20)]]}")
     return samples
 
 
 def growth(samples, low, high):
-    """MB by which the highest use grew from progress in the first half of [low, high] to the second half."""
+    """MB by which the highest use grew from the first half of [low, high], in progress, to the second half."""
     middle = (low + high) / 2
     first, last = ([mb for at, mb in samples if a <= at < z] for a, z in ((low, middle), (middle, high + 1)))
     return max(last) - max(first)
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_10_000_items(work, tmp_path):
-    """Half an hour: 10,000 one-word questions, heard and answered."""
-    folder, item = tmp_path / "work", common.read_items(work, "valid")[0]
-    link_tree(work, folder)
-    shutil.rmtree(folder / "answers")
-    voices, texts = stage("01_synthesize").Voices("piper-joe"), ("Yes, please.", "No.", "Where is Rome?", "Why not?", "Tell me.")
+def test_memory_is_flat_over_1_000_updates(small):
+    folder, preset = small
+    log = folder / "logs" / "long.jsonl"
+    log.touch()
+    process = start("03_rba_rl.py", folder, ["--max-steps", 1000, "--batch-size", 2, "--k", 2, "--token-reward", 0.1, "--out", "long"],
+                    PRESET=json.dumps(preset))
+    samples = memory_of(process, lambda: log.read_bytes().count(b"\n"))
+    assert len(common.read_jsonl(log)) == 1000 and growth(samples, 100, 1000) < 100
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_10_000_items(small, work):
+    """One-word questions, heard by the real Whisper and answered."""
+    folder, preset = small
+    item, voices = common.read_items(work, "valid")[0], stage("01_synthesize").Voices("piper-joe")
+    texts = ("Yes, please.", "No.", "Where is Rome?", "Why not?", "Tell me.")
     for i, text in enumerate(texts):
         wave, rate = voices.say("piper-joe", text, 1.2)
         soundfile.write(folder / "data" / "audio" / f"short-{i}.wav", wave, rate)
@@ -498,22 +524,9 @@ def test_memory_is_flat_over_10_000_items(work, tmp_path):
         id=f"{i:05d}", text=texts[i % 5], audio=f"audio/short-{i % 5}.wav", task=common.TASKS[i % 3]) for i in range(10_000)])
     heard = folder / "heard" / "test_all.noise-10"
     process = start("04_evaluate.py", folder, ["--systems", "init", "--conditions", "noise:10"],   # a window of two seconds
-                    PRESET='{"max_new": 1, "max_seconds": -1.0}')
+                    PRESET=json.dumps(preset | {"max_seconds": -1.0}))
     samples = memory_of(process, lambda: 64 * len(list(heard.glob("*.pt"))))
-    print(f"10,000 items: MB at every twentieth of the time: {[mb for _, mb in samples[::max(1, len(samples) // 20)]]}")
     answering = [(second, mb) for second, (at, mb) in enumerate(samples) if at >= 10_000]
     first, last = answering[0][0], answering[-1][0]
-    assert growth(samples, 1000, 9_999) < 100                 # while it listens
-    assert growth(answering, first + (last - first) // 10, first + (last - first) * 9 // 10) < 200   # while it answers
-
-
-@pytest.mark.slow
-def test_memory_is_flat_over_1_000_updates(work, tmp_path):
-    """Half an hour: 1,000 RL updates of two samples of one prompt."""
-    folder = tmp_path / "work"
-    link_tree(work, folder)
-    log = folder / "logs" / "long.jsonl"
-    process = start("03_rba_rl.py", folder, ["--max-steps", 1000, "--batch-size", 1, "--k", 2, "--out", "long"], PRESET='{"max_new": 6}')
-    samples = memory_of(process, lambda: log.read_bytes().count(b"\n"))
-    print(f"1,000 updates: MB at every twentieth of the time: {[mb for _, mb in samples[::max(1, len(samples) // 20)]]}")
-    assert len(common.read_jsonl(log)) == 1000 and growth(samples, 100, 1000) < 100
+    assert growth(samples, 1000, 9_999) < 100             # while it listens
+    assert growth(answering, first + (last - first) // 10, first + (last - first) * 8 // 10) < 200   # while it answers
