@@ -47,6 +47,7 @@ REQUESTS = {"instruct": "", "sqa": "Answer in one short sentence.", "s2tt": "Tra
 QUIZ = ("You are a quiz expert. The user asks a short trivia question about geography, science, history, nature or "
         "everyday things, and you answer it with one word or one name.")
 OPENERS = ("What is the", "Who", "Which", "Where is", "What is the name of", "What", "In which country", "Who was the")
+TEXT_ROW = dict(id=str, task=str, text=str, response=str, reference=list, ended=bool, dropped=str)
 CONDITIONS = (("clean", 3), ("noise:{:.0f}", 1, 0, 20), ("reverb:{:.2f}", 1, 0.3, 0.9), ("band:{:.0f}", 1, 700, 3000))
 
 
@@ -193,7 +194,8 @@ def read_streams(args, teacher, rank, world):
                     if not path.exists():
                         common.write_jsonl(path, write_texts(teacher(), stream, batch + rank, args))
                     common.barrier()
-                written = common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl", produced_by="01_synthesize.py")
+                written = common.read_jsonl(folder / f"{stream}-{batch:04d}.jsonl", lambda row: common.check_fields(row, TEXT_ROW),
+                                            "01_synthesize.py")
                 unlike.add(written)
                 rows += written
                 batch += 1
@@ -233,9 +235,11 @@ class Voices:
 
     def __init__(self, spec):
         self.weights = common.parse_voices(spec)
+        styles = np.load(f"{common.resolve('kokoro')}/voices.npz").files if "kokoro-" in spec else []
+        known = [name for name in common.EMBEDDED if name.startswith("piper-")] + [f"kokoro-{style}" for style in styles]
         for name in self.weights:
-            if not name.startswith(("piper-", "kokoro-")) and not Path(name).is_file():
-                raise UserError(f"voice {name}: not piper-NAME, kokoro-STYLE or a Piper .onnx file")
+            if name not in known and not Path(name).is_file():
+                raise UserError(f"voice {name}: not one of {', '.join(known)}, nor a Piper .onnx file")
 
     def say(self, voice, text, speed):
         """-> ((samples,) float32 numpy, rate in Hz)."""
@@ -301,6 +305,17 @@ def write_speech(items, voices, unheard, asr, args):
     return items
 
 
+def is_spoken(path, items, data):
+    """Whether a speech batch is done: its file holds these items, and their audio files are whole."""
+    if not path.exists():
+        return False
+    rows = common.read_jsonl(path, common.check_item, "01_synthesize.py")
+    if [row["id"] for row in rows] != [item["id"] for item in items]:
+        raise UserError(f"{path}: does not hold the items of its batch; delete it and run 01_synthesize.py again")
+    sizes = [(data / row["audio"]).stat().st_size if (data / row["audio"]).is_file() else 0 for row in rows]
+    return all(abs(size - 44 - 2 * row["seconds"] * RATE) < 40 for size, row in zip(sizes, rows))   # a header, 16 bits a sample
+
+
 # ------------------------------------------------------------------------------------------- funnel and card
 def write_card(path, splits, spoken, funnel, args):
     """data/card.md: what somebody needs to know before training on these files. Returns it without the sample rows."""
@@ -341,12 +356,13 @@ def main():
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {len(TASKS)}, one per task")
     rank, world, device = common.setup_processes()
     data = args.work / "data"
-    keys = ("preset", "seed", "teacher", "whisper", "voices", "unheard_voices", "language", "instruction_tokens", "max_new", "max_seconds",
+    args.batches = f"{BATCH} texts, {SPEECH_BATCH} utterances"   # their numbers are the seeds
+    keys = ("batches", "preset", "seed", "teacher", "whisper", "voices", "unheard_voices", "language", "instruction_tokens", "max_new", "max_seconds",
             "wer_bound", "n_train", "n_valid", "n_test")
+    config, loaded = {key: getattr(args, key) for key in keys}, {}
     if rank == 0:
-        common.record_config(data / "config.json", {key: getattr(args, key) for key in keys})
+        common.record_config(data / "config.json", config, write=False)
     common.barrier()
-    loaded = {}
 
     def teacher():
         if "llm" not in loaded:
@@ -361,6 +377,11 @@ def main():
 
     # ---- 1, 2: instructions and answers; filters; splits
     voices, unheard = Voices(args.voices), Voices(args.unheard_voices)
+    if not (data / "config.json").exists():               # what can't be loaded leaves no configuration behind
+        teacher(), asr()
+    if rank == 0:
+        common.record_config(data / "config.json", config)
+    common.barrier()
     rows, unlike = read_streams(args, teacher, rank, world)
     splits = assign_splits(unlike, args)
     items = []
@@ -377,9 +398,9 @@ def main():
     spoken = []
     with tqdm(total=len(items), desc="speak", unit="utt", disable=rank > 0) as bar:
         for batch, at in enumerate(range(0, len(items), SPEECH_BATCH)):
-            path = data / "batches" / f"speech-{batch:04d}.jsonl"
-            if batch % world == rank and not path.exists():
-                common.write_jsonl(path, write_speech(items[at:at + SPEECH_BATCH], voices, unheard, asr, args))
+            path, own = data / "batches" / f"speech-{batch:04d}.jsonl", items[at:at + SPEECH_BATCH]
+            if batch % world == rank and not is_spoken(path, own, data):
+                common.write_jsonl(path, write_speech(own, voices, unheard, asr, args))
             bar.update(min(SPEECH_BATCH, len(items) - at))
     common.barrier()
     if rank:

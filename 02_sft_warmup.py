@@ -97,7 +97,10 @@ def speech_text_gap(model, work, splits, limit=64):
     return report
 
 
-def print_gap(report):
+def print_gap(report, work, splits):
+    """ValueError if it is of other data."""
+    if report["of"] != {split: common.fingerprint(work / "data" / f"{split}.jsonl") for split in splits}:
+        raise ValueError
     for split in ("train", "valid"):
         r = report[split]
         print(f"speech-text gap before SFT, {split} ({r['items']} items): NLL {r['nll_speech']:.3f} given speech, "
@@ -113,15 +116,16 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     items, heard = data["train"]
     facts = dict(objective=objective, init=common.fingerprint(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
                  data=common.fingerprint(work / "data" / "train.jsonl"))
+    config, done = work / f"{name}.config.json", common.is_done(work / f"{name}.pt", work / f"{name}.config.json")
+    parent = {} if done else model.load(init)
     if rank == 0:
-        common.record_config(work / f"{name}.config.json", model.config | facts)
+        common.record_config(config, model.config | facts)
     common.barrier()
-    if (work / f"{name}.pt").exists():
+    if done:
         if rank == 0:
             resume.unlink(missing_ok=True)
             print(f"{name}: done already ({work / name}.pt)")
         return
-    parent = model.load(init)
     optimizer = common.make_optimizer(model)
     first, best, skipped = common.load_resume(resume, model, optimizer, log)
     lengths = [len(model.answer_ids(item["response"])) for item in items]
@@ -177,8 +181,8 @@ def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.objective not in (None, "sft", "kd"):
         raise UserError(f"--objective {args.objective}: not one of sft, kd")
-    if args.out and not args.objective:
-        raise UserError("--out names the result of one --objective; without --objective the names are fixed")
+    if (args.out or args.init) and not args.objective:
+        raise UserError("--init and --out are for one --objective; without --objective the names are fixed")
     rank, world, device = common.setup_processes()
 
     # ---- what to run: (name, objective, init, numbers)
@@ -212,10 +216,10 @@ def main():
             print(f"kd is left out: {error}")
     if not args.objective:
         if rank == 0:
-            held = json.loads(gap.read_text()) if (gap := args.work / "gap.json").exists() else {}
-            if held.get("of", {}).get("train") != common.fingerprint(args.work / "data" / "train.jsonl"):
-                held = speech_text_gap(model, args.work, data)
-            print_gap(held)
+            try:
+                print_gap(json.loads((args.work / "gap.json").read_text()), args.work, data)
+            except (OSError, ValueError, KeyError, TypeError):   # not yet, of other data, or damaged
+                print_gap(speech_text_gap(model, args.work, data), args.work, data)
         common.barrier()
     for name, objective, init, numbers in runs:
         train(model, name, objective, init, data=data, args=args, rank=rank, world=world, teacher=teacher, **numbers)

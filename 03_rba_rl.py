@@ -184,17 +184,18 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
                  init=common.fingerprint(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new, seed=args.seed,
                  data=common.fingerprint(work / "data" / "train.jsonl"))
+    config, done = work / f"{name}.config.json", common.is_done(work / f"{name}.pt", work / f"{name}.config.json")
+    if not done:                                          # what can't be loaded leaves no configuration behind
+        parent, rewards = model.load(init), Rewards(weights, model, teacher, args)
     if rank == 0:
-        common.record_config(work / f"{name}.config.json", model.config | facts)
+        common.record_config(config, model.config | facts)
     common.barrier()
-    if (work / f"{name}.pt").exists():
+    if done:
         if rank == 0:
             resume.unlink(missing_ok=True)
             print(f"{name}: done already ({work / name}.pt)")
         return
-    parent = model.load(init)
     model.freeze_reference()                              # pi_ref is the warm-up checkpoint
-    rewards = Rewards(weights, model, teacher, args)
     optimizer = common.make_optimizer(model)
     first, _, skipped = common.load_resume(resume, model, optimizer, log)
     facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=parent.get("heard", []))
@@ -323,6 +324,8 @@ def parse_rewards(text):
         name, _, value = entry.partition("=")
         if name not in REWARDS or not re.fullmatch(r"\d*\.?\d+", value or "1"):
             raise UserError(f"--rewards {entry}: not NAME=WEIGHT with NAME one of {', '.join(REWARDS)}")
+        if name in weights or float(value or 1) == 0:
+            raise UserError(f"--rewards {text}: {name} twice or with weight 0; name each reward once, with a weight")
         weights[name] = float(value or 1)
     return weights
 

@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 import common                                             # first: it says in one line what is missing
-from common import TASKS, UserError
+from common import TASKS, UNTRAINED, UserError
 
 import numpy as np
 import sacrebleu
@@ -35,7 +35,6 @@ FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference"),
          "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
 CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked for by name, `init`: no training at all
-UNTRAINED = ("text", "cascade", "init")
 UNHEARD = ", unheard voices"
 NAMES = {"wins": "% wins against sft by log π_T", "WER": "WER of Whisper"}
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
@@ -52,7 +51,8 @@ def is_contained(reference, answer):
 
 def corpus_statistics(metric, answers, references):
     """sacrebleu's sufficient statistics, a row per item: their sums over items give the corpus score."""
-    columns = [list(column) for column in zip(*references)]
+    most = max(map(len, references))                      # sacrebleu wants as many of every item: the first again changes no score
+    columns = [list(column) for column in zip(*([*own, *own[:1] * (most - len(own))] for own in references))]
     return np.array(metric._extract_corpus_statistics(answers, columns), float)
 
 
@@ -154,9 +154,11 @@ def available(args):
     held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
     held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
     chosen = args.systems.split(",") if args.systems else held
-    missing = [name for name in chosen if name not in (*held, "init")]
+    missing = [name for name in chosen if name not in UNTRAINED and not (args.work / f"{name}.pt").exists()]
     if missing:
         raise UserError(f"--systems {missing[0]}: no {args.work / missing[0]}.pt; there are {', '.join(held)}")
+    if args.ask and ({"data", "conditions"} & args.given.keys() or chosen == ["text"]):
+        raise UserError("--ask answers one recording: without --data and --conditions, and not by text alone, which hears nothing")
     if args.systems or len(held) > 2:
         return chosen
     if not args.ask:
@@ -302,13 +304,13 @@ def main():
     for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
         checkpoint = args.work / f"{system}.pt"
         key = " ".join(map(str, (data_key, common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
-                                 args.whisper, args.max_new, window, common.SYSTEM)))
+                                 args.teacher, args.whisper, args.max_new, window, common.SYSTEM)))
         path = answers_path(args.work, source, system, condition)
         if system not in UNTRAINED:
-            histories[system] = common.load_checkpoint(checkpoint, "rba-speechlm-1")["history"]
+            histories[system] = common.load_checkpoint(checkpoint, "rba-speechlm-1").get("history", [])
             trained[system] = [r for past in histories[system] for r in
                                (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
-        held = common.read_jsonl(path, produced_by="04_evaluate.py") if path.exists() else []
+        held = read_answers(path) if path.exists() else []
         if at % world == rank and [row.get("key") for row in held] != [key] * len(items):
             load_system(model, system, args.work)
             answers = answer_all(model, system, items, heard[condition], args.max_new)
@@ -324,7 +326,7 @@ def main():
     unheard = common.parse_voices(args.unheard_voices)
     parts = {"": everything, UNHEARD: [i for i in everything if items[i].get("voice") in unheard]}
     for condition, system in work:
-        rows = common.read_jsonl(answers_path(args.work, source, system, condition), produced_by="04_evaluate.py")
+        rows = read_answers(answers_path(args.work, source, system, condition))
         for part, chosen in parts.items():
             if chosen and (not part or condition == conditions[0]):
                 measured.setdefault(condition + part, {})[system] = measure(
@@ -355,13 +357,19 @@ def answers_path(work, source, system, condition):
     return work / "answers" / source.stem / f"{system}.{condition.replace(':', '-')}.jsonl"
 
 
+def read_answers(path):
+    fields = dict(id=str, key=str, answer=str, tokens=int, ended=bool)
+    return common.read_jsonl(path, lambda row: {"score": None} | common.check_fields(row, fields), "04_evaluate.py")
+
+
 def own_item(row):
     """A row of --data, with id, audio (relative to the file), task, instruction, reference (a string or list), as an item."""
     references = [row["reference"]] if isinstance(row.get("reference"), str) else row.get("reference")
     if not references:
         raise ValueError("has no reference")
-    item = dict(id=row.get("id"), audio=row.get("audio"), task=row.get("task"), text=row.get("instruction"),
-                prompt=row.get("prompt", ""), reference=references)
+    common.check_fields(row, dict(id=str, audio=str, task=str, instruction=str))
+    item = dict(id=row["id"], audio=row["audio"], task=row["task"], text=row["instruction"], prompt=row.get("prompt", ""),
+                reference=references)
     return common.check_item(item, {name: common.ITEM[name] for name in item})
 
 

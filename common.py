@@ -12,11 +12,14 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -26,7 +29,11 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
+_before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # Ctrl-C while the packages load
 try:                                                      # the scripts import this file first, so that it fails here or nowhere
+    for package in ("transformers", "peft", "jiwer", "sacrebleu", "piper", "kokoro_onnx", "gguf", "accelerate", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"No module named {package}")
     import numpy as np
     import soundfile
     import torch
@@ -43,11 +50,13 @@ except (ImportError, OSError) as problem:                 # OSError: a shared li
     print(f"error: {' '.join(str(problem).split())[:200]}: a package is missing, or torch and torchaudio are not of one version and "
           "CUDA; run pip install -r requirements.txt in a fresh environment", file=sys.stderr)
     sys.exit(2)
+signal.signal(signal.SIGINT, _before)
 
 RATE = 16_000                                             # Hz, of every waveform in this repo
 SYSTEM = "You are a voice assistant. Answer in one short sentence."  # the one system turn of every prompt
 SPLITS = ("train", "valid", "test")
 TASKS = ("instruct", "sqa", "s2tt")
+UNTRAINED = ("text", "cascade", "init")                   # systems of 04 that need no checkpoint
 BRIDGE_LR = 0.03                                          # see make_optimizer
 
 # ---------------------------------------------------------------------------------------------------- presets
@@ -100,9 +109,18 @@ def parse_args(doc, flags, argv=None):
         raise UserError(f"--preset {args.preset}: no such preset; one of {', '.join(PRESETS)}")
     given = {key: value for key, value in vars(args).items() if value is not None}
     for key, value in given.items():
-        least = 1 if key in ("max_steps", "batch_size", "k") else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise UserError(f"--{key.replace('_', '-')} {value}: must be a number of at least {least}")
+        least, flag = 1 if key in ("max_steps", "batch_size", "k") else 0, f"--{key.replace('_', '-')}"
+        if isinstance(value, (int, float)) and not least <= value <= 1e9:
+            raise UserError(f"{flag} {value}: must be a number of at least {least} and at most 1e9")
+        if value == "":
+            raise UserError(f"{flag}: empty; leave the flag out for its default")
+    if not re.fullmatch(r"[\w+-]{1,80}", given.get("out", "x")) or given.get("out") in UNTRAINED:
+        raise UserError(f"--out {given['out']}: a name of letters, digits, _, + and -, other than {', '.join(UNTRAINED)}")
+    if given["work"].joinpath("data", "config.json").is_file() and "n_train" not in vars(args):   # 01 compares all of it
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+            made = json.loads(given["work"].joinpath("data", "config.json").read_text())["config"]["preset"]
+            if made != args.preset:
+                raise UserError(f"--preset {args.preset}: the data in {args.work} were made with --preset {made}; use that, or another --work")
     args = argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
     args.window = min(30.0, args.max_seconds + 3)         # seconds of audio Whisper gets: the speech, then silence
     return args
@@ -118,12 +136,21 @@ def run(main):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no text
     try:
         main()
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)):                # of several processes with the same message the first prints it:
+        sys.stdout.flush()
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError) or "memory" in str(error).lower()   # torch's are RuntimeErrors
+        if isinstance(error, RuntimeError) and not short:
+            raise
+        if rank():                                        # of several processes with the same message the first prints it:
             time.sleep(2)                                 # torchrun ends the others when one has ended
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, BrokenPipeError):            # the reader of a pipe has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        advice = "; out of memory: use a smaller --batch-size or --k" if short and not isinstance(error, UserError) else ""
+        print(f"error: {' '.join(str(error).split())[:1000]}{advice}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
@@ -134,6 +161,11 @@ def run(main):
 
 
 # ---------------------------------------------------------------------------------------------------- files
+def rank():
+    """The number of this process under torchrun, 0 by itself."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def derive_seed(*parts):
     """A 63-bit seed from any parts, e.g. derive_seed(seed, "rollout", step, item_id, k)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
@@ -142,7 +174,7 @@ def derive_seed(*parts):
 def write_atomic(path, write):
     """Call write(temporary path), then rename it to `path`: a kill leaves the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.rba-tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -216,7 +248,10 @@ def read_jsonl(path, parse=None, produced_by="", torn=False):
     remedy = f"delete the file and run {produced_by} again" if produced_by else "mend or delete the line"
     if not path.is_file():
         raise UserError(f"{path}: missing" + (f"; run {produced_by} first (same --work)" if produced_by else ""))
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
     for number, line in enumerate(lines[:-1] if torn else lines, 1):
         if not line.strip():
             continue
@@ -224,29 +259,39 @@ def read_jsonl(path, parse=None, produced_by="", torn=False):
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("no object")
-        except ValueError as error:                       # not JSON, not UTF-8
+        except (ValueError, RecursionError) as error:     # not JSON, not UTF-8, nested without end
             raise UserError(f"{path}:{number}: not a JSON object ({str(error)[:80]}); {remedy}") from None
         try:
             rows.append(parse(row) if parse else row)
         except ValueError as error:
             raise UserError(f"{path}:{number}: item {row.get('id', '?')!s:.40}: {error}; {remedy}") from None
         if "id" in row:
-            if row["id"] in seen:
-                raise UserError(f"{path}:{number}: id {row['id']} stands already in line {seen[row['id']]}; {remedy}")
-            seen[row["id"]] = number
+            if (name := str(row["id"])) in seen:
+                raise UserError(f"{path}:{number}: id {name} stands already in line {seen[name]}; {remedy}")
+            seen[name] = number
     return rows
 
 
 ITEM = dict(id=str, task=str, text=str, prompt=str, response=str, reference=list, audio=str, seconds=float, ended=bool)
 
 
-def check_item(row, fields=ITEM):
-    """The row, if it has the fields in their types, a known task, and words in the instruction and in each reference."""
+def check_fields(row, fields):
+    """The row, if it has the fields ({name: type}) in their types; ValueError otherwise."""
     for name, kind in fields.items():
         if name not in row:
             raise ValueError(f"lacks the field {name}")
         if type(row[name]) is not kind and not (kind is float and type(row[name]) is int):
             raise ValueError(f"the field {name} is {row[name]!r:.40} and not of the type {kind.__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:                            # JSON allows what no text may hold
+        raise ValueError("holds half of a surrogate pair") from None
+    return row
+
+
+def check_item(row, fields=ITEM):
+    """The row, if it has the fields in their types, a known task, and words in the instruction and in each reference."""
+    check_fields(row, fields)
     if row["task"] not in TASKS:
         raise ValueError(f"has the task {row['task']}, not one of {', '.join(TASKS)}")
     if not all(isinstance(text, str) and has_words(text) for text in [row["text"], *(row["reference"] or [""])]):
@@ -272,7 +317,7 @@ def fingerprint(path):
     if str(path) == "none":
         return "none"
     if not Path(path).is_file():
-        raise UserError(f"{path}: missing; run the stage that writes it first (same --work)")
+        raise UserError(f"{Path(path).absolute()}: missing; run the stage that writes it first (same --work)")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
@@ -288,33 +333,42 @@ def claim(path):
         held = _locks.setdefault(lock, open(lock, "a"))   # the lock goes with the process
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{lock}: another run is writing here; wait for its end, or use another --work or --out") from None
+        raise UserError(f"{lock}: another run is writing here; wait for its end, or use another --work (or --out)") from None
     except OSError as error:
         raise _unwritable(path, error) from None
-    for leftover in path.parent.rglob(".*.tmp"):
+    for leftover in path.parent.rglob(f".*.{platform.node()}-*.rba-tmp"):
         try:
-            os.kill(int(leftover.name.split(".")[-2]), 0)  # signal 0 only asks whether the process lives
+            os.kill(int(leftover.name.removesuffix(".rba-tmp").rpartition("-")[2]), 0)   # signal 0 only asks whether it lives
         except ProcessLookupError:
             leftover.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
+        except PermissionError:
             pass
 
 
-def record_config(path, config):
-    """Write the resolved configuration beside an output, or refuse to go on there with another one."""
+def record_config(path, config, write=True):
+    """Write the resolved configuration beside an output, or refuse to go on there with another one. With write=False it is
+    only compared: what turns out to be impossible leaves no configuration behind."""
     config = json.loads(json.dumps(config, default=str))
     claim(path)
     if not path.exists():
-        write_json(path, {"config": config} | environment())
+        if write:
+            write_json(path, {"config": config} | environment())
         return
     try:
         old = json.loads(path.read_text())["config"]
         differing = sorted(key for key in old.keys() | config.keys() if old.get(key) != config.get(key))
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{path}: not a configuration that this repo wrote; use another --work or --out") from None
+        raise UserError(f"{path}: not a configuration that this repo wrote; use another --work (or --out)") from None
     if differing:
         changes = ", ".join(f"{key}: {old.get(key)} -> {config.get(key)}" for key in differing)
-        raise UserError(f"{path}: made with another configuration ({changes}); use another --work or --out")
+        raise UserError(f"{path}: made with another configuration ({changes}); use another --work (or --out)")
+
+
+def is_done(path, config):
+    """Whether the checkpoint `path` is complete; UserError where it stands without the configuration that made it."""
+    if path.exists() and not config.exists():
+        raise UserError(f"{path}: stands here without {config.name}, which says how it was made; move it away or use another --work (or --out)")
+    return path.exists()
 
 
 def environment():
@@ -329,7 +383,7 @@ def environment():
 # ------------------------------------------------------------------------------------------------ processes
 def setup_processes():
     """(rank, world size, device); one process by itself, or several under torchrun. UserError for a GPU that torch can't use."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
     device = torch.device("cpu")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if Path("/dev/nvidiactl").exists() and not hidden or torch.cuda.is_available():
@@ -341,7 +395,11 @@ def setup_processes():
             raise UserError(f"torch {torch.__version__} can't use this machine's GPU ({str(error).splitlines()[0][:120]}); install the "
                             "torch and torchaudio of its CUDA version, or set CUDA_VISIBLE_DEVICES= to run on the CPU") from None
     if world > 1 and not dist.is_initialized():           # hours, as the others may wait for one that works alone
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"WORLD_SIZE is {world}, but the processes can't meet ({str(error).splitlines()[0][:120]}); start them with "
+                            "torchrun, or unset WORLD_SIZE for one process") from None
     return rank, world, device
 
 
@@ -432,8 +490,8 @@ EMBEDDED = {
 
 def cache_dir():
     """Where models live: $RBA_CACHE, else ~/.cache/rba (XDG_CACHE_HOME is respected)."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rba"
-    return Path(os.environ.get("RBA_CACHE", default))
+    given = os.environ.get("RBA_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rba"
 
 
 def resolve(name):
@@ -461,9 +519,11 @@ def resolve(name):
                 parts.mkdir()
                 _fetch(name, folder, parts)
                 os.replace(parts, target)
-            except OSError as error:
-                raise UserError(f"{cache_dir()}: cannot be written ({error.strerror or error}); free the disk or set RBA_CACHE "
-                                "to another directory") from None
+            except UserError:
+                raise
+            except Exception as error:                    # a full disk has as many names as there are libraries
+                raise UserError(f"{cache_dir()}: {name} cannot be written ({str(error).splitlines()[0][:120]}); free the disk or set "
+                                "RBA_CACHE to another directory") from None
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(parts, ignore_errors=True)
@@ -592,6 +652,8 @@ def load_llm(name, dtype=None):
     with loading(name, "causal LM") as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or native_dtype(), trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise UserError(f"{name}: its tokenizer has no chat template; give an instruction-tuned model")
     tokenizer.clean_up_tokenization_spaces = False        # decoding must give the words as they were
     return tokenizer, llm.eval().requires_grad_(False)
 
@@ -635,17 +697,18 @@ def read_audio(path, max_seconds=30.0):
 
     Raises UserError for what can't be understood as speech: missing, undecodable, empty, too long, NaN, silent.
     """
-    if not Path(path).is_file():                          # a pipe would wait for ever
-        raise UserError(f"{path}: no such file")
     try:
+        if not Path(path).is_file():                      # a pipe would wait for ever
+            raise UserError(f"{path}: no such file; give its path, or, if 01_synthesize.py wrote it, run that again")
         with soundfile.SoundFile(path) as file:
-            if not 1000 <= file.samplerate <= 384_000:
-                raise UserError(f"{path}: a sample rate of {file.samplerate} Hz; 1 to 384 kHz can be read")
-            if file.frames > max_seconds * file.samplerate:
-                raise UserError(f"{path}: {file.frames / file.samplerate:.1f} s long; at most {max_seconds:g} s")
-            wave, rate = file.read(dtype="float32", always_2d=True), file.samplerate
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(f"{path}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
+            rate = file.samplerate
+            if not 1000 <= rate <= 384_000:
+                raise UserError(f"{path}: a sample rate of {rate} Hz; 1 to 384 kHz can be read")
+            wave = file.read(int(max_seconds * rate) + 1, dtype="float32", always_2d=True)   # a header may not know the length
+        if len(wave) > max_seconds * rate:
+            raise UserError(f"{path}: longer than {max_seconds:g} s, which is all that can be read; cut it")
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{str(path)[:200]}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
     wave = torch.from_numpy(wave).mean(1)
     if not wave.isfinite().all():
         raise UserError(f"{path}: holds NaN or infinite samples; re-encode the file")
@@ -718,8 +781,8 @@ def parse_voices(spec):
     weights = {}
     for entry in spec.split(","):
         name, _, weight = entry.partition("*")
-        if not name or not (weight or "1").isdecimal():
-            raise UserError(f"voices {spec}: {entry or 'an empty entry'} is not NAME or NAME*WEIGHT")
+        if not name or not (weight or "1").isdecimal() or int(weight or 1) < 1:
+            raise UserError(f"voices {spec}: {entry or 'an empty entry'} is not NAME or NAME*WEIGHT, a weight of 1 or more")
         weights[name] = int(weight or 1)
     return weights
 
@@ -937,18 +1000,26 @@ class SpeechLM(nn.Module):
         return held
 
 
+_CONTENT = {"rba-speechlm-1": {"config": dict, "state": dict}, "rba-heard-1": {"key": str, "heard": list},
+            "rba-resume-1": {"step": int, "state": dict, "optimizer": dict, "rng": torch.Tensor}}
+
+
 def load_checkpoint(path, kind):
     """torch.load(weights_only=True) of a file written by this repo; UserError otherwise."""
+    if not Path(path).exists():
+        raise UserError(f"{Path(path).absolute()}: missing; run the stage that writes it first (same --work)")
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(held, dict) or held.get("format") != kind:
             raise ValueError("not written by this repo")
+        lacking = [name for name, type_ in _CONTENT[kind].items() if not isinstance(held.get(name), type_)]
+        if lacking or not all(isinstance(value, torch.Tensor) for value in held.get("state", {}).values()):
+            raise ValueError(f"lacks {lacking[0] if lacking else 'weights'}")
         return held
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; run the stage that writes it first (same --work)") from None
     except Exception as error:                            # whatever torch.load raises on foreign bytes
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:80]
-        raise UserError(f"{path}: no {kind} checkpoint ({reason}); delete it and run the stage that writes it again") from None
+        raise UserError(f"{path}: no {kind} checkpoint ({reason}); move it away, or, if a stage of this repo wrote it, delete it and "
+                        "run that stage again") from None
 
 
 def item_wave(folder, item, max_seconds=30.0):
@@ -957,9 +1028,13 @@ def item_wave(folder, item, max_seconds=30.0):
     if not path.is_relative_to(folder.resolve()):
         raise UserError(f"item {item['id']}: audio path {item['audio']} leaves {folder}; put the file below it")
     try:
-        return read_audio(path, max_seconds)
+        wave = read_audio(path, max_seconds)
     except UserError as error:
         raise UserError(f"item {item['id']}: {error}") from None
+    if abs(len(wave) / RATE - item.get("seconds", len(wave) / RATE)) > 0.05:
+        raise UserError(f"item {item['id']}: {path} lasts {len(wave) / RATE:.2f} s and not {item['seconds']} s; if 01_synthesize.py "
+                        "wrote it, delete it and run that again")
+    return wave
 
 
 def condition_wave(folder, items, i, condition="clean", max_seconds=30.0):
@@ -974,6 +1049,9 @@ def listen_to_split(model, work, source, items, condition="clean", window=30.0, 
     work/heard/ until data, models or condition change."""
     folder, size = work / "heard" / f"{source.stem}.{condition.replace(':', '-')}", 64
     key = f"{fingerprint(source)} {model.config['whisper']} {model.config['student']} {condition} {window}"
+    files = [source.parent / item["audio"] for item in items]
+    stats = [(f.stat().st_size, f.stat().st_mtime_ns) if f.is_file() else None for f in files]   # None: an error below
+    key += f" {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
     parts = [(folder / f"{part:04d}.pt", range(at, min(at + size, len(items)))) for part, at in enumerate(range(0, len(items), size))]
     with tqdm(total=len(items), desc=f"listen to {source.stem} {condition}", unit="utt", leave=False, disable=rank > 0) as bar:
         for part, (path, chosen) in enumerate(parts):
@@ -985,7 +1063,10 @@ def listen_to_split(model, work, source, items, condition="clean", window=30.0, 
                 write_torch(path, {"format": "rba-heard-1", "key": key, "heard": rows})
             bar.update(len(chosen))
     barrier()
-    return [row for path, _ in parts for row in load_checkpoint(path, "rba-heard-1")["heard"]]
+    held = [load_checkpoint(path, "rba-heard-1") for path, _ in parts]
+    if any(part["key"] != key for part in held):
+        raise UserError(f"{folder}: another run hears the same items with other settings; let one end before the other starts")
+    return [row for part in held for row in part["heard"]]
 
 
 # ------------------------------------------------------------------------------- log-probabilities and sampling
@@ -1173,7 +1254,7 @@ def optimizer_step(optimizer, lr, loss):
 def stop_if_all_skipped(skipped, name, model, path, **facts):
     """skipped: a bool for every update so far. UserError after MAX_SKIPPED in a row; the last good weights are kept in `path`."""
     if len(skipped) >= MAX_SKIPPED and all(skipped[-MAX_SKIPPED:]):
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank() == 0:
             model.save(path, **facts)
         barrier()
         raise UserError(f"{name}: {MAX_SKIPPED} updates in a row had no finite loss or gradient ({sum(skipped)} of {len(skipped)} in all); "
@@ -1201,11 +1282,11 @@ def load_resume(path, model, optimizer, log):
         torch.set_rng_state(held["rng"])
         step, best = held["step"], held["best"]
     if log.exists():
-        rows = [row for row in read_jsonl(log, torn=True) if row["step"] < step]
+        rows = [row for row in read_jsonl(log, lambda row: check_fields(row, {"step": int}), torn=True) if row["step"] < step]
         barrier()                                         # all have read it
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank() == 0:
             write_jsonl(log, rows)
-    return step, best, [row["grad_norm"] is None for row in rows]
+    return step, best, [row.get("grad_norm") is None for row in rows]
 
 
 def bootstrap(statistics, aggregate=lambda sums, n: sums[..., 0] / n, resamples=2000, seed=0):

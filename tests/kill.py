@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "rollout_seconds", "update_seconds", "tokens_per_second")   # of a log row: the only things that may differ
+TEST_SIZES = {"BATCH": 40, "SPEECH_BATCH": 8, "SAVE_EVERY": 2}
 DATA = ["--n-train", "12", "--n-valid", "3", "--n-test", "6"]
 STAGES = {                                                # script: flags, what it writes
     "01_synthesize.py": (["--n-train", "6", "--n-valid", "3", "--n-test", "3"], ["data"]),   # the others work on DATA
@@ -36,7 +37,7 @@ def run_stage(script, flags):
     sys.argv = [script, *flags]
     common, stage = importlib.import_module("common"), importlib.import_module(script.removesuffix(".py"))
     common.PRESETS["tiny"] |= json.loads(os.environ.get("PRESET", '{"max_new": 40}'))      # sampling is two thirds of a test's time
-    for name, size in (("BATCH", 40), ("SPEECH_BATCH", 8), ("SAVE_EVERY", 2)):
+    for name, size in TEST_SIZES.items():
         if hasattr(stage, name):
             setattr(stage, name, size)
     writes, fsync = [], os.fsync
@@ -48,12 +49,15 @@ def run_stage(script, flags):
             path = Path(os.readlink(f"/proc/self/fd/{fd}"))
             if path.is_file():                            # half of a new file, or half of the line just appended
                 data = path.read_bytes()
-                start = 0 if path.suffix == ".tmp" else data[:-1].rfind(b"\n") + 1
+                start = 0 if path.suffix == ".rba-tmp" else data[:-1].rfind(b"\n") + 1
                 os.truncate(path, (start + len(data)) // 2)
             if "DIED" in os.environ:
                 Path(os.environ["DIED"]).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(fd)
+    if "FLOAT32" in os.environ:
+        import torch
+        common.native_dtype = lambda: torch.float32
     if "ROLLOUTS" in os.environ:
         same_rollouts(stage, Path(os.environ["ROLLOUTS"]))
     if "GRADIENTS" in os.environ:
@@ -127,7 +131,7 @@ def differences(whole, work, outputs):
         found = [p for output in outputs for p in ([folder / output] if (folder / output).is_file() else (folder / output).rglob("*"))]
         return {p.relative_to(folder): p for p in found if p.is_file() and p.suffix != ".lock"}
     a, b = files(whole), files(work)
-    left = [p.name for p in work.rglob("*") if p.suffix == ".tmp" or p.name.endswith((".resume.pt", ".parts"))]
+    left = [p.name for p in work.rglob("*") if p.suffix == ".rba-tmp" or p.name.endswith((".resume.pt", ".parts"))]
     return sorted(str(p) for p in a.keys() | b.keys() if p not in a or p not in b or content(a[p]) != content(b[p])) + left
 
 

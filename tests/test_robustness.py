@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pytest
 import soundfile
 import torch
 from conftest import BOTH, ROOT, SYSTEMS, TRAIN, stage
-from kill import DATA, differences, finish, link_tree, start
+from kill import DATA, TEST_SIZES, differences, finish, link_tree, start
 
 import common
 
@@ -76,11 +77,11 @@ def test_02_has_the_same_gradients_in_two_processes(work, tmp_path):
     assert two["loss"] == pytest.approx(one[0]["loss"], rel=2e-3)
 
 
-def same_gradients(one, two):
-    """Equal but for bfloat16's order of sums in another micro-batch."""
+def same_gradients(one, two, close=1e-2):
+    """Equal but for the order of sums in another micro-batch."""
     one, two = (torch.cat([g.flatten() for g in torch.load(path, weights_only=True)]) for path in (one, two))
-    assert float(two.norm()) == pytest.approx(float(one.norm()), rel=1e-2) and float(one.norm()) > 1e-3
-    assert float(torch.nn.functional.cosine_similarity(one, two, dim=0)) > 0.999
+    assert float(two.norm()) == pytest.approx(float(one.norm()), rel=close) and float(one.norm()) > 1e-3
+    assert float(torch.nn.functional.cosine_similarity(one.double(), two.double(), dim=0)) > 1 - close / 10
 
 
 def test_03_killed_in_a_write_repeats_every_step(work, copy):
@@ -92,15 +93,16 @@ def test_03_killed_in_a_write_repeats_every_step(work, copy):
 
 
 def test_03_has_the_same_gradients_in_two_processes(work, tmp_path):
-    """On the same rollouts, with every part of the advantage."""
+    """On the same rollouts, with every part of the advantage; in float32, as bfloat16 alone moves the logp reward by 2 %."""
     rollouts = shutil.copy(work / "rba+opd.rollouts", tmp_path)
-    finish(start("03_rba_rl.py", work, [*BOTH, "--out", "two-rl"], processes=2, ROLLOUTS=rollouts, GRADIENTS=tmp_path / "two"))
-    same_gradients(work / "rba+opd.gradients", tmp_path / "two")
+    finish(start("03_rba_rl.py", work, [*BOTH, "--out", "two-rl"], processes=2, FLOAT32=1, ROLLOUTS=rollouts,
+                 GRADIENTS=tmp_path / "two"))
+    same_gradients(work / "rba+opd.gradients", tmp_path / "two", close=1e-3)
     [one], [two] = (common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("rba+opd", "two-rl"))
     for name in ("semantic", "logp"):
-        assert two[name]["mean"] == pytest.approx(one[name]["mean"], rel=2e-2)
-    for name in ("loss", "token_reward", "tokens"):
-        assert two[name] == pytest.approx(one[name], rel=2e-2, abs=1e-3)
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+    for name in ("loss", "token_reward", "tokens", "kl", "entropy"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5)
 
 
 def test_04_with_a_process_killed_in_a_write_goes_on_with_two(work, copy):
@@ -136,13 +138,16 @@ def test_two_runs_in_one_place_are_refused(tmp_path):
     common.record_config(tmp_path / "c.json", {"lr": 1e-4, "k": 4})
     with pytest.raises(common.UserError, match="k: 4 -> 8"):
         common.record_config(tmp_path / "c.json", {"lr": 1e-4, "k": 8})
-    (tmp_path / ".a.pt.4194305.tmp").touch()              # no process has a number this large: left by a kill
-    (tmp_path / f".b.pt.{os.getpid()}.tmp").touch()
+    ours = f".a.pt.{platform.node()}"
+    (tmp_path / f"{ours}-4194305.rba-tmp").touch()        # no process has a number this large: left by a kill
+    (tmp_path / f"{ours}-{os.getpid()}.rba-tmp").touch()
+    (tmp_path / ".report.4194305.tmp").touch()            # not ours
     code = f"import common, pathlib; common.run(lambda: common.record_config(pathlib.Path({str(tmp_path)!r}) / 'c.json', dict(lr=1e-4, k=4)))"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "another run is writing here" in other.stderr
     common.record_config(tmp_path / "c.json", {"lr": 1e-4, "k": 4})
-    assert not (tmp_path / ".a.pt.4194305.tmp").exists() and (tmp_path / f".b.pt.{os.getpid()}.tmp").exists()
+    assert not (tmp_path / f"{ours}-4194305.rba-tmp").exists() and (tmp_path / f"{ours}-{os.getpid()}.rba-tmp").exists()
+    assert (tmp_path / ".report.4194305.tmp").exists()
 
 
 def test_half_a_log_line_is_dropped_and_half_a_data_line_refused(tmp_path):
@@ -196,6 +201,13 @@ def sample_rate(work):
     header = bytearray(path.read_bytes())
     header[24:28] = (2_000_000).to_bytes(4, "little")
     path.write_bytes(header)
+
+
+def cut_wav(work):
+    shutil.rmtree(work / "heard")
+    replace(work / "gap.json", '{"of"')
+    path = work / "data" / common.read_items(work, "train")[0]["audio"]
+    replace(path, path.read_bytes()[:path.stat().st_size // 3])
 
 
 class Bomb:
@@ -293,6 +305,7 @@ BAD = {
     "damaged configuration": ("01_synthesize.py", DATA, lambda work: replace(work / "data" / "config.json", "{"), "not a configuration"),
     "all items filtered out": ("01_synthesize.py", DATA, other_bound, "no instruct item of train"),
     "unknown voice": ("01_synthesize.py", DATA, lambda w: (preset(voices="joe")(w), (w / "data" / "config.json").unlink()), "voice joe"),
+    "unknown style": ("01_synthesize.py", DATA, lambda w: (preset(voices="kokoro-jf_x")(w), (w / "data" / "config.json").unlink()), "kokoro-jf_x"),
     "batch file cut": ("01_synthesize.py", DATA, lambda w: replace(w / "data" / "batches" / "sqa-0000.jsonl", '{"id": '), "sqa-0000.jsonl:1"),
     "no input": (WARM, SFT1, lambda work: shutil.rmtree(work / "data"), "train.jsonl: missing; run 01_synthesize.py"),
     "empty input": (WARM, SFT1, lambda work: replace(work / "data" / "valid.jsonl", ""), "valid.jsonl: no item"),
@@ -315,7 +328,7 @@ BAD = {
     "audio silent": (WARM, SFT1, audio(np.zeros(16000)), "silent"),
     "audio DC only": (WARM, SFT1, audio(np.full(16000, 0.5)), "silent"),
     "audio NaN": (WARM, SFT1, audio(np.full(16000, np.nan)), "holds NaN"),
-    "audio too long": (WARM, SFT1, audio(NOISE), "31.0 s long; at most 12 s"),
+    "audio too long": (WARM, SFT1, audio(NOISE), "longer than 12 s"),
     "audio at 2 MHz": (WARM, SFT1, sample_rate, "a sample rate of"),
     "audio a pipe": (WARM, SFT1, pipe, "no such file"),
     "audio outside": (WARM, SFT1, lambda w: (shutil.rmtree(w / "heard"), field("audio", "../../x.wav")(w)), "audio path ../../x.wav leaves"),
@@ -328,6 +341,24 @@ BAD = {
     "disk full": (WARM, SFT1, full_disk, "cannot be written"),
     "another run writes": (WARM, SFT1, locked, "another run is writing here"),
     "no checkpoint": (RL, RL1, lambda work: (work / "sft.pt").unlink(), "sft.pt: missing"),
+    "damaged gap.json and a cut wav": (WARM, ["--max-steps", "1", "--batch-size", "2"], cut_wav, "and not"),
+    "half of a surrogate pair": (WARM, SFT1, field("response", "Hi \ud83d"), "half of a surrogate pair"),
+    "a list as id": (WARM, SFT1, field("id", ["a"]), "the field id is"),
+    "name of an untrained system": (WARM, [*SFT1[:-1], "init"], nothing, "--out init"),
+    "out of the directory": (WARM, [*SFT1[:-1], "../x"], nothing, "--out ../x"),
+    "empty flag": (EVAL, ["--systems", ""], nothing, "--systems: empty"),
+    "huge rate": (WARM, ["--lr", "1e39"], nothing, "at most 1e9"),
+    "init without objective": (WARM, ["--init", "x.pt"], nothing, "--init and --out are for one --objective"),
+    "other preset": (EVAL, ["--preset", "small"], nothing, "were made with --preset tiny"),
+    "checkpoint without config": (WARM, [*SFT1[:-1], "sft"], lambda w: (w / "sft.config.json").unlink(), "stands here without sft.config.json"),
+    "checkpoint without weights": (RL, RL1, checkpoint(lambda held: held | {"state": None}), "lacks state"),
+    "a batch file with other items": ("01_synthesize.py", DATA, lambda w: replace(w / "data" / "batches" / "speech-0001.jsonl", ""), "does not hold"),
+    "a row without fields": ("01_synthesize.py", DATA, lambda w: replace(w / "data" / "batches" / "sqa-0000.jsonl", "{}"), "lacks the field"),
+    "answers without fields": (EVAL, list(SYSTEMS), lambda w: replace(w / "answers" / "test_all" / "sft.clean.jsonl", "{}"), "lacks the field"),
+    "reward twice": (RL, ["--rewards", "task=1,task=2"], nothing, "task twice"),
+    "a raw file": (EVAL, ["--ask", "question.raw"], lambda w: (w / "question.raw").write_bytes(bytes(1000)), "no readable audio"),
+    "a question for a path": (EVAL, ["--ask", "What is " * 100], nothing, "no readable audio"),
+    "ask text": (EVAL, ["--ask", "x.wav", "--systems", "text"], nothing, "hears nothing"),
     "pickle as checkpoint": (RL, RL1, checkpoint(lambda held: __import__("pickle").dumps(Bomb())), "no rba-speechlm-1 checkpoint"),
     "pickle in a checkpoint": (RL, RL1, checkpoint(lambda held: held | {"bomb": Bomb()}), "no rba-speechlm-1 checkpoint"),
     "checkpoint cut": (RL, RL1, checkpoint(lambda held: b"PK\3\4" + bytes(1000)), "no rba-speechlm-1 checkpoint"),
@@ -366,6 +397,8 @@ def test_bad_input_is_one_line(name, copy, model, monkeypatch, capsys):
     """Exit code 2, one line with what, where and what to do, no file harmed, no code of the data executed."""
     script, flags, damage, words = BAD[name]
     monkeypatch.setattr(common, "PRESETS", common.PRESETS | {"tiny": common.PRESETS["tiny"] | {"max_new": 40}})
+    for size, value in TEST_SIZES.items():
+        monkeypatch.setattr(stage("01_synthesize"), size, value, raising=False)
     monkeypatch.setattr(stage("03_rba_rl"), "RewardModel", stage("03_rba_rl").RewardModel)
     monkeypatch.setattr(common, "SpeechLM", lambda *_: model)   # loaded once; what it is given is what fails
     for variable in ("RBA_CACHE", "PIP_INDEX_URL", "PIP_RETRIES"):
@@ -385,7 +418,7 @@ def test_bad_input_is_one_line(name, copy, model, monkeypatch, capsys):
     print(f"{name}: {lines}")
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0], lines
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before} == before
-    assert not list(copy.rglob("*.tmp")) and not (copy / "executed").exists()
+    assert not list(copy.rglob("*tmp")) and not (copy / "executed").exists()
 
 
 def test_a_torch_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
@@ -516,12 +549,13 @@ def test_memory_is_flat_over_10_000_items(small, work):
     """One-word questions, heard by the real Whisper and answered."""
     folder, preset = small
     item, voices = common.read_items(work, "valid")[0], stage("01_synthesize").Voices("piper-joe")
-    texts = ("Yes, please.", "No.", "Where is Rome?", "Why not?", "Tell me.")
+    texts, seconds = ("Yes, please.", "No.", "Where is Rome?", "Why not?", "Tell me."), []
     for i, text in enumerate(texts):
         wave, rate = voices.say("piper-joe", text, 1.2)
+        seconds.append(len(wave) / rate)
         soundfile.write(folder / "data" / "audio" / f"short-{i}.wav", wave, rate)
     common.write_jsonl(folder / "data" / "test_all.jsonl", [item | dict(
-        id=f"{i:05d}", text=texts[i % 5], audio=f"audio/short-{i % 5}.wav", task=common.TASKS[i % 3]) for i in range(10_000)])
+        id=f"{i:05d}", text=texts[i % 5], audio=f"audio/short-{i % 5}.wav", seconds=seconds[i % 5], task=common.TASKS[i % 3]) for i in range(10_000)])
     heard = folder / "heard" / "test_all.noise-10"
     process = start("04_evaluate.py", folder, ["--systems", "init", "--conditions", "noise:10"],   # a window of two seconds
                     PRESET=json.dumps(preset | {"max_seconds": -1.0}))
