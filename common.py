@@ -29,7 +29,8 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-_before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # Ctrl-C while the packages load
+# Ctrl-C while the packages load
+_before = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted: the same command goes on from here\n"), os._exit(130)))
 try:                                                      # the scripts import this file first, so that it fails here or nowhere
     for package in ("transformers", "peft", "jiwer", "sacrebleu", "piper", "kokoro_onnx", "gguf", "accelerate", "matplotlib"):
         if importlib.util.find_spec(package) is None:
