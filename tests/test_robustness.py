@@ -546,19 +546,20 @@ def test_memory_is_flat_over_1_000_updates(small):
 
 @pytest.mark.slow
 def test_memory_is_flat_over_10_000_items(small, work):
-    """One-word questions, heard by the real Whisper and answered."""
+    """Short questions, heard by the real Whisper and answered."""
     folder, preset = small
     item, voices = common.read_items(work, "valid")[0], stage("01_synthesize").Voices("piper-joe")
-    texts, seconds = ("Yes, please.", "No.", "Where is Rome?", "Why not?", "Tell me."), []
+    texts, seconds = ("What is the capital of France?", "I am going to the store.", "Where is the river Rhine?", "Tell me a story.",
+                      "How do birds fly?"), []
     for i, text in enumerate(texts):
         wave, rate = voices.say("piper-joe", text, 1.2)
         seconds.append(len(wave) / rate)
         soundfile.write(folder / "data" / "audio" / f"short-{i}.wav", wave, rate)
     common.write_jsonl(folder / "data" / "test_all.jsonl", [item | dict(
         id=f"{i:05d}", text=texts[i % 5], audio=f"audio/short-{i % 5}.wav", seconds=seconds[i % 5], task=common.TASKS[i % 3]) for i in range(10_000)])
-    heard = folder / "heard" / "test_all.noise-10"
-    process = start("04_evaluate.py", folder, ["--systems", "init", "--conditions", "noise:10"],   # a window of two seconds
-                    PRESET=json.dumps(preset | {"max_seconds": -1.0}))
+    heard = folder / "heard" / "test_all.noise-20"
+    process = start("04_evaluate.py", folder, ["--systems", "init", "--conditions", "noise:20"],   # in a window of four seconds
+                    PRESET=json.dumps(preset | {"max_seconds": 1.0, "max_new": 4}))
     samples = memory_of(process, lambda: 64 * len(list(heard.glob("*.pt"))))
     answering = [(second, mb) for second, (at, mb) in enumerate(samples) if at >= 10_000]
     first, last = answering[0][0], answering[-1][0]
