@@ -19,11 +19,15 @@ The unit of work is a numbered batch seeded by (seed, stream, batch): kills and 
     python 01_synthesize.py                                       one process
     torchrun --nproc_per_node 8 01_synthesize.py --preset small   one node
 """
+import functools
 import json
 import math
+import os
 import random
 import re
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common                                             # first: it says in one line what is missing
@@ -220,16 +224,31 @@ def assign_splits(rows, args):
 
 
 # ----------------------------------------------------------------------------------------------- 3: speech
-def onnx_session(path):
-    """One thread: Piper's samples depend on the number of threads, and the processes of a node share its cores."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+class Network:
+    """An ONNX session of one thread, as Piper's samples depend on their number; several utterances are spoken at once instead.
+    The phonemizers can't do that: `turn` is held while a voice works, and left while its network computes."""
+
+    turn = threading.Lock()
+
+    def __init__(self, path):
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def run(self, *inputs):
+        self.turn.release()
+        try:
+            return self.session.run(*inputs)
+        finally:
+            self.turn.acquire()
 
 
 class Voices:
-    """Text -> speech of a named voice: `piper-NAME`, `kokoro-STYLE`. Deterministic (Piper's noise is off)."""
+    """Text -> speech of a named voice: `piper-NAME`, `kokoro-STYLE`. Deterministic (Piper's noise is off), and for many threads."""
 
     loaded = {}                                           # engines, shared by all instances
 
@@ -243,17 +262,21 @@ class Voices:
 
     def say(self, voice, text, speed):
         """-> ((samples,) float32 numpy, rate in Hz)."""
+        with Network.turn:
+            return self._say(voice, text, speed)
+
+    def _say(self, voice, text, speed):
         key = "kokoro" if voice.startswith("kokoro-") else voice
         if key not in self.loaded:
             with common.loading(key, "voice") as path:
                 if key == "kokoro":
                     from kokoro_onnx import Kokoro
-                    self.loaded[key] = Kokoro.from_session(onnx_session(f"{path}/kokoro.onnx"), f"{path}/voices.npz")
+                    self.loaded[key] = Kokoro.from_session(Network(f"{path}/kokoro.onnx"), f"{path}/voices.npz")
                 else:
                     from piper import PiperConfig, PiperVoice
                     path = path if Path(path).is_file() else f"{path}/voice.onnx"
                     config = PiperConfig.from_dict(json.loads(Path(f"{path}.json").read_text(encoding="utf-8")))
-                    self.loaded[key] = PiperVoice(config=config, session=onnx_session(path))
+                    self.loaded[key] = PiperVoice(config=config, session=Network(path))
         engine = self.loaded[key]
         if key == "kokoro":
             return engine.create(text, voice=voice.removeprefix("kokoro-"), speed=speed)
@@ -287,12 +310,13 @@ def speak(voices, unheard, item):
     return wave * 0.9, voice, described
 
 
-def write_speech(items, voices, unheard, asr, args):
-    """Speak a batch of items, let Whisper check the speech, and write it under its acoustic condition: items with audio,
+def write_speech(items, voices, unheard, asr, args, threads):
+    """Speak a batch of items, `threads` at a time, let Whisper check the speech, and write it under its acoustic condition: items with audio,
     seconds, voice, perturbation, transcript and wer (both of the check)."""
     waves = []
-    for item in items:
-        wave, item["voice"], item["perturbation"] = speak(voices, unheard, item)
+    with ThreadPoolExecutor(threads) as pool:
+        spoken = list(pool.map(functools.partial(speak, voices, unheard), items))
+    for item, (wave, item["voice"], item["perturbation"]) in zip(items, spoken):
         item["audio"], item["seconds"] = f"audio/{item['id']}.wav", round(len(wave) / RATE, 3)
         disturbed = common.perturb(wave, item["perturbation"].split()[0], item["seed"])
         common.write_atomic(args.work / "data" / item["audio"],
@@ -356,10 +380,10 @@ def main():
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {len(TASKS)}, one per task")
     rank, world, device = common.setup_processes()
     data = args.work / "data"
-    args.batches = f"{BATCH} texts, {SPEECH_BATCH} utterances"   # their numbers are the seeds
-    keys = ("batches", "preset", "seed", "teacher", "whisper", "voices", "unheard_voices", "language", "instruction_tokens", "max_new", "max_seconds",
+    keys = ("preset", "seed", "teacher", "whisper", "voices", "unheard_voices", "language", "instruction_tokens", "max_new", "max_seconds",
             "wer_bound", "n_train", "n_valid", "n_test")
-    config, loaded = {key: getattr(args, key) for key in keys}, {}
+    config = {key: getattr(args, key) for key in keys} | {"batches": f"{BATCH} texts, {SPEECH_BATCH} utterances"}   # numbered: the seeds
+    loaded = {}
     if rank == 0:
         common.record_config(data / "config.json", config, write=False)
     common.barrier()
@@ -400,7 +424,7 @@ def main():
         for batch, at in enumerate(range(0, len(items), SPEECH_BATCH)):
             path, own = data / "batches" / f"speech-{batch:04d}.jsonl", items[at:at + SPEECH_BATCH]
             if batch % world == rank and not is_spoken(path, own, data):
-                common.write_jsonl(path, write_speech(own, voices, unheard, asr, args))
+                common.write_jsonl(path, write_speech(own, voices, unheard, asr, args, max(1, os.cpu_count() // world)))
             bar.update(min(SPEECH_BATCH, len(items) - at))
     common.barrier()
     if rank:

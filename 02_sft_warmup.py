@@ -31,7 +31,7 @@ FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
          "max-steps": dict(type=int, help="updates, for every objective run"),
          "batch-size": dict(type=int, help="utterances or sequences an update"),
          "lr": dict(type=float, help="peak learning rate")}
-MICRO = 8                                                 # sequences a forward pass of the LLM
+MICRO = 1024                                              # tokens a forward pass of the LLM
 SAVE_EVERY = 25                                           # updates between resume files
 
 
@@ -58,7 +58,7 @@ def kd_loss(model, teacher, items, heard):
     prompts = model.speech_prompts(heard, [item["prompt"] for item in items])
     states, _ = common.answer_states(model.llm, prompts, answers)                          # (sum L, d_S)
     teacher_head, head = (llm.get_output_embeddings() for llm in (teacher_llm, model.llm))
-    return common.by_chunks(lambda t, s: kl_rows(teacher_head(t), head(s)), teacher_states, states).sum()
+    return common.by_chunks(lambda s, t: kl_rows(teacher_head(t), head(s)), states, teacher_states).sum()
 
 
 # -------------------------------------------------------------------------------------------------- validation
@@ -129,6 +129,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     optimizer = common.make_optimizer(model)
     first, best, skipped = common.load_resume(resume, model, optimizer, log)
     lengths = [len(model.answer_ids(item["response"])) for item in items]
+    sizes = [common.PROMPT_TOKENS + len(row["ids"]) + length for row, length in zip(heard, lengths)]
     facts |= dict(history=[*parent.get("history", []), dict(facts)])
 
     def validated(row, step):
@@ -150,9 +151,9 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         started = time.time()
         batch = common.batch_at(len(items), batch_size, step, args.seed, "items", len(parent.get("history", [])))
         tokens = sum(lengths[i] for i in batch)           # global, so that micro-batches and processes add up
-        mine, total = sorted(batch[rank::world], key=lambda i: items[i]["seconds"]), 0.0
-        for at in range(0, len(mine), MICRO):
-            rows, sounds = [items[i] for i in mine[at:at + MICRO]], [heard[i] for i in mine[at:at + MICRO]]
+        mine, total = sorted(batch[rank::world], key=sizes.__getitem__), 0.0
+        for chunk in common.token_batches([sizes[i] for i in mine], MICRO):
+            rows, sounds = zip(*((items[mine[at]], heard[mine[at]]) for at in chunk))
             with common.autocast(model.llm):
                 loss = kd_loss(model, teacher, rows, sounds) if objective == "kd" else sft_loss(model, rows, sounds)
                 loss = loss / tokens

@@ -39,7 +39,7 @@ FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,tas
          "max-steps": dict(type=int, help="updates"), "batch-size": dict(type=int, help="prompts an update"),
          "lr": dict(type=float, help="peak learning rate")}
 REWARDS = ("rm", "semantic", "logp", "task")
-MICRO = 8                                                 # sequences a forward pass
+MICRO = 1024                                              # tokens a forward pass of the LLM
 
 
 # ------------------------------------------------------------------------------------------------------ rewards
@@ -84,7 +84,8 @@ class Rewards:
         self.embed = common.Embedder(args.embedder, model.device) if "semantic" in weights else None
         self.rm = RewardModel(args.reward_model, model.device) if "rm" in weights else None
 
-    def __call__(self, items, answers, ids):
+    def __call__(self, items, answers, ids, taught=None):
+        """`taught`: the answers' log pi_T, where they have been computed already."""
         out = {}
         for name in self.names if items else ():
             if name == "semantic":
@@ -95,7 +96,7 @@ class Rewards:
             elif name == "rm":
                 values = self.rm(items, answers)
             else:
-                values = [float(part.mean()) for part in teacher_log_probs(self.model, self.teacher, items, ids)]
+                values = [float(part.mean()) for part in taught or teacher_log_probs(self.model, self.teacher, items, ids)]
             if len(values) != len(items):
                 raise UserError(f"reward {name} gave {len(values)} values for {len(items)} answers")
             bad = [item["id"] for item, value in zip(items, values)
@@ -108,9 +109,14 @@ class Rewards:
 
 @torch.no_grad()
 def teacher_log_probs(model, teacher, items, answers):
-    """log pi_T(y_t | x, p, y_<t): list of (L_i,) float32."""
+    """log pi_T(y_t | x, p, y_<t) of N K answers to N items: list of N K (L_i,) float32."""
+    k, parts = len(answers) // max(1, len(items)), []
+    sizes = [common.PROMPT_TOKENS + len(item["text"]) // 4 + sum(map(len, answers[i * k:(i + 1) * k])) for i, item in enumerate(items)]
     with common.autocast(model.llm):
-        return common.token_log_probs(*teacher.answer_states(items, answers)).split([len(y) for y in answers])
+        for chunk in common.token_batches(sizes, MICRO):
+            some = answers[chunk.start * k:chunk.stop * k]
+            parts += common.token_log_probs(*teacher.answer_states([items[i] for i in chunk], some)).split([len(y) for y in some])
+    return parts
 
 
 # ----------------------------------------------------------------------------------------- advantage and loss
@@ -175,6 +181,13 @@ def rollout(model, items, heard, args, name, step):
     return samples, greedy and [replies[0] for replies in greedy]
 
 
+def log_probs_of(model, items, heard, answers, prompts, samples):
+    """log pi_theta(y_t | s, p, y_<t) of some samples of some prompts (indices), the same number of each: list of (L,)."""
+    vectors = model.speech_prompts([heard[i] for i in prompts], [items[i]["prompt"] for i in prompts])
+    some = [answers[s] for s in samples]
+    return common.token_log_probs(model.llm, *common.answer_states(model.llm, vectors, some)).split([len(y) for y in some])
+
+
 # ---------------------------------------------------------------------------------------------------- training
 def train(model, teacher, name, weights, token_weight, init, data, args, rank, world):
     """One RL run from `init` to DIR/NAME.pt; resumes from NAME.resume.pt."""
@@ -199,7 +212,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     optimizer = common.make_optimizer(model)
     first, _, skipped = common.load_resume(resume, model, optimizer, log)
     facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=parent.get("heard", []))
-    l_max = args.max_new + 1                              # with the end token
+    l_max, own = args.max_new + 1, {}                     # with the end token; {item id: the teacher's own rewards}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="update", disable=rank > 0)
     for step in bar:
         started = time.time()
@@ -214,8 +227,11 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         answers = [ids + [model.end_id] * ended for ids, ended in flat]
         texts = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in flat]
         repeated = [row for row in rows for _ in range(k)]
-        scores = rewards(repeated, texts, answers)
-        own = rewards(rows, [row["response"] for row in rows], [model.answer_ids(row["response"]) for row in rows])
+        taught = teacher_log_probs(model, teacher, rows, answers) if teacher else [None] * len(answers)   # (N K) of (L,)
+        scores = rewards(repeated, texts, answers, taught)
+        new = [row for row in rows if row["id"] not in own]
+        found = rewards(new, [row["response"] for row in new], [model.answer_ids(row["response"]) for row in new])
+        own |= {row["id"]: {j: found[j][i] for j in weights} for i, row in enumerate(new)}
         if greedy:
             finished = [ended for _, ended in greedy]
             greedy = rewards(rows, [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in greedy],
@@ -232,45 +248,42 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
                 } if args.baseline == "greedy" and weights else None
         advantage, counts = sequence_advantages(by_name, ended, weights, base)             # (N, K)
         offset = sum(len(part[1]) for part in everyone if part[0] < rank)
-        # ---- loss, prompt by prompt: the speech is heard once, its K samples share the vectors
+        # ---- loss: each prompt is computed once for its K samples
         kl = entropy = gap = total = 0.0
-        for at in range(0, len(rows), max(1, MICRO // k)):
-            chunk = range(at, min(at + max(1, MICRO // k), len(rows)))
-            owners = [i for i in chunk for _ in range(k)]
-            some = [answers[i * k + j] for i in chunk for j in range(k)]
-            sizes, requests = [len(y) for y in some], [rows[i]["prompt"] for i in chunk]
+        sizes = [common.PROMPT_TOKENS + len(sounds[i]["ids"]) + sum(map(len, answers[i * k:(i + 1) * k])) for i in range(len(rows))]
+        order = sorted(range(len(rows)), key=sizes.__getitem__)
+        for chunk in common.token_batches([sizes[i] for i in order], MICRO):
+            chosen = [order[at] for at in chunk]
+            members = [i * k + j for i in chosen for j in range(k)]
+            compared = members if args.beta else members[::k]   # with beta 0 one sample a prompt is enough to log the KL
             with common.autocast(model.llm):
                 with torch.no_grad(), model.as_reference():
-                    prompts = model.speech_prompts([sounds[i] for i in chunk], requests)
-                    states = common.answer_states(model.llm, [prompts[i - at] for i in owners], some)
-                    reference = common.token_log_probs(model.llm, *states).split(sizes)
-                taught = teacher_log_probs(model, teacher, [rows[i] for i in owners], some) if teacher else [None] * len(some)
-                prompts = model.speech_prompts([sounds[i] for i in chunk], requests)
-                states = common.answer_states(model.llm, [prompts[i - at] for i in owners], some)
-                log_probs = common.token_log_probs(model.llm, *states).split(sizes)        # K per prompt, each (L,)
-                advantages = [token_advantages(advantage[offset + i, j], lp, t, r, token_weight, args.beta)
-                              for (i, j), lp, t, r in zip(((i, j) for i in chunk for j in range(k)), log_probs, taught, reference)]
+                    reference = dict(zip(compared, log_probs_of(model, rows, sounds, answers, chosen, compared)))
+                log_probs = log_probs_of(model, rows, sounds, answers, chosen, members)    # K per prompt, each (L,)
+                advantages = [token_advantages(advantage[offset + s // k, s % k], lp, taught[s], reference.get(s), token_weight, args.beta)
+                              for s, lp in zip(members, log_probs)]
                 loss = policy_loss(log_probs, advantages, n, k, l_max)
             loss.backward()
             total += float(loss.detach())
-            kl += sum(float((lp.detach() - r).sum()) for lp, r in zip(log_probs, reference))
-            entropy -= sum(float(lp.detach().sum()) for lp in log_probs)
-            gap += sum(float((t - lp.detach()).sum()) for lp, t in zip(log_probs, taught)) if teacher else 0.0
-        update_seconds = time.time() - started - rollout_seconds
+            log_probs = {s: lp.detach() for s, lp in zip(members, log_probs)}
+            kl += sum(float((log_probs[s] - reference[s]).sum()) for s in compared) * len(members) / len(compared)
+            entropy -= sum(float(lp.sum()) for lp in log_probs.values())
+            gap += sum(float((taught[s] - lp).sum()) for s, lp in log_probs.items()) if teacher else 0.0
         sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, sum(map(len, answers)))]))]
         norm = common.optimizer_step(optimizer, common.learning_rate(step, steps, args.rl_lr), sums[0])
+        update_seconds = time.time() - started - rollout_seconds   # rewards and teacher included
         skipped.append(norm is None)
         # ---- log
-        parts = common.gather([(own, [len(rows)])])
+        parts = common.gather([{j: [own[item["id"]][j] for item in rows] for j in weights}])
         row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k), entropy=sums[2] / sums[4],
                    tokens=sums[4] / (n * k), truncated=1 - float(ended.double().mean()),
                    rollout_seconds=round(rollout_seconds, 2), update_seconds=round(update_seconds, 2),
-                   tokens_per_second=round(sums[4] / (time.time() - started), 1))
+                   tokens_per_second=round(sums[4] / (rollout_seconds + update_seconds), 1))
         if teacher:
             row["token_reward"] = sums[3] / sums[4]       # mean of log pi_T - log pi_theta: minus the reverse KL
         for j in weights:
             valid = by_name[j][ended & by_name[j].isfinite()]
-            taught_own = [v for part, _ in parts for v in part[j] if math.isfinite(v)]
+            taught_own = [v for part in parts for v in part[j] if math.isfinite(v)]
             row[j] = dict(mean=float(valid.mean()) if len(valid) else None, std=float(valid.std(correction=0)) if len(valid)
                           else None, teacher=sum(taught_own) / max(1, len(taught_own)), groups_skipped=counts[j][0] / n,
                           groups_without_spread=counts[j][1] / n)

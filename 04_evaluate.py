@@ -279,8 +279,8 @@ def main():
     systems, conditions = available(args), args.conditions.split(",")
     for condition in conditions:
         common.parse_condition(condition)
-    for system in set(systems) - set(UNTRAINED):          # before the models are loaded
-        common.load_checkpoint(args.work / f"{system}.pt", "rba-speechlm-1")
+    histories = {system: common.load_checkpoint(args.work / f"{system}.pt", "rba-speechlm-1").get("history", [])
+                 for system in systems if system not in UNTRAINED}     # before the models are loaded: a file may be damaged
     if args.ask:
         ask(args, systems)
         return
@@ -295,7 +295,8 @@ def main():
     model = common.SpeechLM(vars(args), device)
     embed, teacher = common.Embedder(args.embedder, device), common.Teacher(model, args.teacher)
     data_key, window = common.fingerprint(source), 30.0 if args.data else args.window
-    measured, trained, histories = {}, {}, {}
+    measured, trained = {}, {system: [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
+                             for system, history in histories.items()}
     heard = {condition: common.listen_to_split(model, args.work, source, items, condition, window, rank, world)
              for condition in conditions}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
@@ -306,10 +307,6 @@ def main():
         key = " ".join(map(str, (data_key, common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
                                  args.teacher, args.whisper, args.max_new, window, common.SYSTEM)))
         path = answers_path(args.work, source, system, condition)
-        if system not in UNTRAINED:
-            histories[system] = common.load_checkpoint(checkpoint, "rba-speechlm-1").get("history", [])
-            trained[system] = [r for past in histories[system] for r in
-                               (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
         held = read_answers(path) if path.exists() else []
         if at % world == rank and [row.get("key") for row in held] != [key] * len(items):
             load_system(model, system, args.work)

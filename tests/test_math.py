@@ -108,11 +108,26 @@ def test_kd_matches_torchs_own_kl_where_padded_vocabularies_differ():
 
 
 def test_chunks_give_the_same_values_and_gradients():
-    x = torch.randn(11, 3, requires_grad=True)
-    whole, = torch.autograd.grad((x ** 3).sum(-1).sum(), x)
-    chunked = common.by_chunks(lambda rows: (rows ** 3).sum(-1), x, size=4)
-    torch.testing.assert_close(chunked, (x ** 3).sum(-1))
-    torch.testing.assert_close(torch.autograd.grad(chunked.sum(), x)[0], whole)
+    x, y, weight = torch.randn(11, 3, requires_grad=True), torch.randn(11, 3), torch.randn(11)
+    whole, = torch.autograd.grad(((x ** 3 * y).sum(-1) * weight).sum(), x)
+    for size in (1, 4, 11, 50):
+        chunked = common.by_chunks(lambda rows, others: (rows ** 3 * others).sum(-1), x, y, size=size)
+        torch.testing.assert_close(chunked, (x ** 3 * y).sum(-1))
+        torch.testing.assert_close(torch.autograd.grad((chunked * weight).sum(), x)[0], whole)
+    with torch.no_grad():
+        torch.testing.assert_close(common.by_chunks(lambda rows: (rows ** 3).sum(-1), x, size=4), (x ** 3).sum(-1))
+
+
+def test_token_batches_hold_all_within_the_limit():
+    generator = np.random.default_rng(0)
+    for limit in (1, 7, 50, 1000):
+        lengths = generator.integers(1, 30, 23).tolist()
+        batches = common.token_batches(lengths, limit)
+        assert [i for batch in batches for i in batch] == list(range(23))
+        assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= limit for batch in batches)
+        for batch, after in zip(batches, batches[1:]):    # none could have held one more
+            assert max(lengths[i] for i in [*batch, after[0]]) * (len(batch) + 1) > limit
+    assert common.token_batches([], 5) == []
 
 
 # ------------------------------------------------------------------------------------------- rewards and metrics

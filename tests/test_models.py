@@ -1,9 +1,11 @@
 """Real models and real speech: what is said is heard, batches change nothing, log-probabilities are the model's own."""
+import contextlib
 import math
 import os
 import pickle
 import struct
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -235,17 +237,85 @@ def test_answers_are_the_same_alone_padded_and_permuted(model, sounds):
     assert len({text for text, _, _ in together.values()}) > 1
 
 
-def test_k_expansion_keeps_audio_and_text_aligned(model, sounds):
-    """Log-probabilities of K answers per prompt, expanded as in 03, against each (prompt, answer) computed alone."""
-    k, texts = 2, ["It is Paris.", "No.", "First, heat the oven.", "I can't say that.", "Je vais au magasin.", "Oui.", "Neil Armstrong.", "A man."]
-    answers = [model.answer_ids(text) for text in texts]
+@contextlib.contextmanager
+def moved(model, size=0.02):
+    """The model with W and LoRA away from their start."""
+    before = {name: p.detach().clone() for name, p in model.trainable().items()}
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+    try:
+        yield model
+    finally:
+        model.zero_grad()
+        with torch.no_grad():
+            for name, p in model.trainable().items():
+                p.copy_(before[name])
+
+
+def test_k_answers_behind_one_prompt_are_k_sequences(model, sounds):
+    """Packed log-probabilities and gradients against each (prompt, answer) through the whole model and plain log-softmax; the
+    audio, request and answer of one item stay together."""
+    texts = ["It is Paris.", "No.", "First, heat the oven.", "I can't say that.", "Je vais au magasin.", "Oui.", "Neil Armstrong.", "A man.",
+             "", "Use salt and a hot oven for it.", "The store.", "Walk."]
+    answers, factor = [model.answer_ids(text) for text in texts], [float(i % 5 - 1.7) for i in range(12)]
+    with moved(model):
         prompts = model.speech_prompts(sounds, REQUESTS)
-        states = common.answer_states(model.llm, [prompts[i] for i in range(4) for _ in range(k)], answers)
-        together = common.token_log_probs(model.llm, *states).split([len(y) for y in answers])
-        for i, y in enumerate(answers):
-            alone = common.answer_states(model.llm, model.speech_prompts([sounds[i // k]], [REQUESTS[i // k]]), [y])
-            torch.testing.assert_close(common.token_log_probs(model.llm, *alone), together[i], rtol=1e-4, atol=1e-4)
+        packed = common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers)).split([len(y) for y in answers])
+        sum(f * lp.sum() for f, lp in zip(factor, packed)).backward()
+        got = {name: p.grad.clone() for name, p in model.trainable().items()}
+        model.zero_grad()
+        for i, (y, f) in enumerate(zip(answers, factor)):
+            [prompt] = model.speech_prompts([sounds[i // 3]], [REQUESTS[i // 3]])
+            logits = model.llm(inputs_embeds=torch.cat([prompt, embeds(model, y)])[None]).logits[0, len(prompt) - 1:-1]
+            alone = logits.log_softmax(-1)[range(len(y)), y]
+            torch.testing.assert_close(packed[i], alone, rtol=1e-4, atol=1e-4)
+            (f * alone.sum()).backward()
+        for name, p in model.trainable().items():
+            assert (got[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+def test_sampling_merges_lora_and_leaves_the_weights_as_they_were(model, chats):
+    with moved(model, 0.05):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        got = common.sample(model.llm, [embeds(model, ids) for ids in chats], model.end_id, 12)
+        for ids, [(answer, ended)] in zip(chats, got):
+            with torch.inference_mode():
+                wanted = model.llm.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=model.end_id,
+                                            attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0, len(ids):].tolist()
+            assert answer + [model.end_id] * ended == wanted
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+def test_sampled_sequences_follow_the_distribution_of_a_small_vocabulary():
+    """Every sequence of up to three tokens of a vocabulary of five, enumerated; random weights, grouped heads, two prompts of
+    unequal length, rows that end and leave."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(3)
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=5, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                       num_key_value_heads=2, initializer_range=0.4)).eval()
+    prompts, end, n = [[1, 2, 3, 0, 2], [3]], 4, 3000
+    embed = llm.get_input_embeddings()
+    with torch.no_grad():
+        found = common.sample(llm, [embed(torch.tensor(ids)) for ids in prompts], end, 3, [range(n), range(n, 2 * n)])
+        for ids, replies in zip(prompts, found):
+            observed, expected = Counter((*answer, *[end] * ended) for answer, ended in replies), {}
+
+            def enumerate_from(prefix, probability):
+                if len(prefix) == 3 or prefix[-1:] == (end,):
+                    expected[prefix] = n * float(probability)
+                    return
+                for token, p in enumerate(llm(torch.tensor([[*ids, *prefix]])).logits[0, -1].softmax(-1)):
+                    enumerate_from((*prefix, token), probability * p)
+            enumerate_from((), 1.0)
+            assert sum(expected.values()) == pytest.approx(n, rel=1e-3) and observed.keys() <= expected.keys()
+            likely = [key for key, value in expected.items() if value >= 5]
+            pairs = [(observed[key], expected[key]) for key in likely]
+            pairs.append((n - sum(o for o, _ in pairs), n - sum(e for _, e in pairs)))
+            square = sum((o - e) ** 2 / max(e, 1) for o, e in pairs)
+            assert len(likely) > 10 and square < len(likely) + 3.1 * math.sqrt(2 * len(likely))   # chi-square, p about 0.001
 
 
 def test_log_probabilities_are_the_models_own_loss(model):
