@@ -253,4 +253,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)                                      # as the stages are: with their memory settings
