@@ -44,7 +44,7 @@ FLAGS = {"n-train": dict(type=int, help="items, a third per task"), "n-valid": d
 
 BATCH = 128                                               # user turns sampled per text batch
 SPEECH_BATCH = 32                                         # utterances per speech batch
-POOL = 1.5                                                # items per item wanted, for the WER bound
+POOL = {"instruct": 2.0, "sqa": 1.3, "s2tt": 1.4}         # items per item wanted, for the WER bound to take its share
 REQUESTS = {"instruct": "", "sqa": "Answer in one short sentence.", "s2tt": "Translate what I said into {language}."}
 # What stands before the sampled words: a system turn (None: the template's own) and the turn's first words. Openers
 # are bare question words: no question, answer or entity stands in this file.
@@ -178,10 +178,10 @@ def read_streams(args, teacher, rank, world):
     Where a stream stops depends on its batches alone, not on how many processes wrote them.
     """
     folder = args.work / "data" / "batches"
-    wanted = math.ceil(((args.n_train + args.n_valid) * POOL + args.n_test) / len(TASKS))
     rows, unlike = [], Unlike()
     for stream in TASKS:
         batch, useless, last = 0, 0, None
+        wanted = math.ceil(((args.n_train + args.n_valid) * POOL[stream] + args.n_test) / len(TASKS))
         with tqdm(desc=f"write {stream}", unit="item", disable=rank > 0, total=wanted) as bar:
             while True:
                 have = sum(row["task"] == stream for row in unlike.rows)
@@ -209,14 +209,14 @@ def read_streams(args, teacher, rank, world):
 def assign_splits(rows, args):
     """Unlike rows -> {split: rows}: no text, nor a near duplicate of it, stands in two splits.
 
-    `train` and `valid` get POOL times what is wanted, so that the WER bound can take its share.
+    `train` and `valid` get POOL times what is wanted, for the WER bound.
     """
     chooser = random.Random(derive_seed(args.seed, "splits"))
     splits = {split: [] for split in common.SPLITS}
     for task in TASKS:
         answered = [row for row in rows if row["task"] == task]
         chooser.shuffle(answered)
-        for split, wanted in (("test", args.n_test), ("valid", args.n_valid * POOL), ("train", args.n_train * POOL)):
+        for split, wanted in (("test", args.n_test), ("valid", args.n_valid * POOL[task]), ("train", args.n_train * POOL[task])):
             share = math.ceil(wanted / len(TASKS))
             splits[split] += answered[:share]
             answered = answered[share:]
