@@ -52,7 +52,7 @@ def work(tmp_path_factory):
     def run(script, *flags, **environment):
         return finish(start(script, folder, flags, **environment))[0]
     run("01_synthesize.py", *DATA)
-    run("02_sft_warmup.py", *TRAIN, GRADIENTS=folder / "sft.gradients")
+    run("02_sft_warmup.py", *TRAIN)
     run("03_rba_rl.py", "--max-steps", 2, "--batch-size", 2, "--k", 2, "--out", "rba")
     run("03_rba_rl.py", *BOTH, FLOAT32=1, ROLLOUTS=folder / "rba+opd.rollouts", GRADIENTS=folder / "rba+opd.gradients")
     (folder / "stdout.txt").write_text(run("04_evaluate.py", *SYSTEMS))

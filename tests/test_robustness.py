@@ -72,14 +72,16 @@ def finish_killed(script, work, flags, die_at):
 
 
 def test_02_has_the_same_gradients_in_two_processes(work, tmp_path):
-    flags = ["--objective", "sft", *TRAIN[2:], "--max-steps", 1, "--out", "two"]
-    finish(start("02_sft_warmup.py", work, flags, processes=2, GRADIENTS=tmp_path / "two"))
-    same_gradients(work / "sft.gradients", tmp_path / "two")
-    one, [two] = (common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("sft", "two"))
-    assert two["loss"] == pytest.approx(one[0]["loss"], rel=2e-3)
+    """In float32, as in bfloat16 another micro-batch moves the loss by half a percent."""
+    for processes, name in ((1, "one"), (2, "two")):
+        flags = ["--objective", "sft", *TRAIN[2:], "--max-steps", 1, "--out", name]
+        finish(start("02_sft_warmup.py", work, flags, processes=processes, FLOAT32=1, GRADIENTS=tmp_path / name))
+    same_gradients(tmp_path / "one", tmp_path / "two")
+    [one], [two] = (common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-def same_gradients(one, two, close=1e-2):
+def same_gradients(one, two, close=1e-3):
     """Equal but for the order of sums in another micro-batch."""
     one, two = (torch.cat([g.flatten() for g in torch.load(path, weights_only=True)]) for path in (one, two))
     assert float(two.norm()) == pytest.approx(float(one.norm()), rel=close) and float(one.norm()) > 1e-3
@@ -99,7 +101,7 @@ def test_03_has_the_same_gradients_in_two_processes(work, tmp_path):
     rollouts = shutil.copy(work / "rba+opd.rollouts", tmp_path)
     finish(start("03_rba_rl.py", work, [*BOTH, "--out", "two-rl"], processes=2, FLOAT32=1, ROLLOUTS=rollouts,
                  GRADIENTS=tmp_path / "two"))
-    same_gradients(work / "rba+opd.gradients", tmp_path / "two", close=1e-3)
+    same_gradients(work / "rba+opd.gradients", tmp_path / "two")
     [one], [two] = (common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("rba+opd", "two-rl"))
     for name in ("semantic", "logp"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
