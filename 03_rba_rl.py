@@ -255,10 +255,12 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         for chunk in common.token_batches([sizes[i] for i in order], MICRO):
             chosen = [order[at] for at in chunk]
             members = [i * k + j for i in chosen for j in range(k)]
-            compared = members if args.beta else members[::k]   # with beta 0 one sample a prompt is enough to log the KL
+            compared = members if args.beta else members[::k] if step % 10 == 0 else []   # with beta 0 the KL is only logged
+            reference = {}
             with common.autocast(model.llm):
-                with torch.no_grad(), model.as_reference():
-                    reference = dict(zip(compared, log_probs_of(model, rows, sounds, answers, chosen, compared)))
+                if compared:
+                    with torch.no_grad(), model.as_reference():
+                        reference = dict(zip(compared, log_probs_of(model, rows, sounds, answers, chosen, compared)))
                 log_probs = log_probs_of(model, rows, sounds, answers, chosen, members)    # K per prompt, each (L,)
                 advantages = [token_advantages(advantage[offset + s // k, s % k], lp, taught[s], reference.get(s), token_weight, args.beta)
                               for s, lp in zip(members, log_probs)]
@@ -266,7 +268,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
             loss.backward()
             total += float(loss.detach())
             log_probs = {s: lp.detach() for s, lp in zip(members, log_probs)}
-            kl += sum(float((log_probs[s] - reference[s]).sum()) for s in compared) * len(members) / len(compared)
+            kl += sum(float((log_probs[s] - r).sum()) for s, r in reference.items()) * (1 if args.beta else k)
             entropy -= sum(float(lp.sum()) for lp in log_probs.values())
             gap += sum(float((taught[s] - lp).sum()) for s, lp in log_probs.items()) if teacher else 0.0
         sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, sum(map(len, answers)))]))]
@@ -275,7 +277,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         skipped.append(norm is None)
         # ---- log
         parts = common.gather([{j: [own[item["id"]][j] for item in rows] for j in weights}])
-        row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k), entropy=sums[2] / sums[4],
+        row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k) if args.beta or step % 10 == 0 else None, entropy=sums[2] / sums[4],
                    tokens=sums[4] / (n * k), truncated=1 - float(ended.double().mean()),
                    rollout_seconds=round(rollout_seconds, 2), update_seconds=round(update_seconds, 2),
                    tokens_per_second=round(sums[4] / (rollout_seconds + update_seconds), 1))

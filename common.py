@@ -909,6 +909,9 @@ class SpeechLM(nn.Module):
         lora = LoraConfig(r=config["lora_r"], lora_alpha=2 * config["lora_r"], target_modules="all-linear")
         torch.manual_seed(0)                              # LoRA's A starts the same on every process
         self.llm = get_peft_model(llm, lora).to(device).eval()
+        for layer in self.llm.modules():                  # autocast casts LoRA's input; peft would copy it to float32 before
+            if hasattr(layer, "cast_input_dtype_enabled"):
+                layer.cast_input_dtype_enabled = False
         self.bridge = nn.Linear(self.asr.dims.n_text_state, self.llm.config.hidden_size, bias=False, device=device)   # W
         nn.init.zeros_(self.bridge.weight)
         self.end_id = chat_parts(self.tokenizer)[2]
