@@ -31,7 +31,6 @@ FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
          "max-steps": dict(type=int, help="updates, for every objective run"),
          "batch-size": dict(type=int, help="utterances or sequences an update"),
          "lr": dict(type=float, help="peak learning rate")}
-MICRO = 1024                                              # tokens a forward pass of the LLM
 SAVE_EVERY = 25                                           # updates between resume files
 
 
@@ -152,7 +151,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         batch = common.batch_at(len(items), batch_size, step, args.seed, "items", len(parent.get("history", [])))
         tokens = sum(lengths[i] for i in batch)           # global, so that micro-batches and processes add up
         mine, total = sorted(batch[rank::world], key=sizes.__getitem__), 0.0
-        for chunk in common.token_batches([sizes[i] for i in mine], MICRO):
+        for chunk in common.token_batches([sizes[i] for i in mine]):
             rows, sounds = zip(*((items[mine[at]], heard[mine[at]]) for at in chunk))
             with common.autocast(model.llm):
                 loss = kd_loss(model, teacher, rows, sounds) if objective == "kd" else sft_loss(model, rows, sounds)

@@ -39,7 +39,6 @@ FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,tas
          "max-steps": dict(type=int, help="updates"), "batch-size": dict(type=int, help="prompts an update"),
          "lr": dict(type=float, help="peak learning rate")}
 REWARDS = ("rm", "semantic", "logp", "task")
-MICRO = 1024                                              # tokens a forward pass of the LLM
 
 
 # ------------------------------------------------------------------------------------------------------ rewards
@@ -113,7 +112,7 @@ def teacher_log_probs(model, teacher, items, answers):
     k, parts = len(answers) // max(1, len(items)), []
     sizes = [common.PROMPT_TOKENS + len(item["text"]) // 4 + sum(map(len, answers[i * k:(i + 1) * k])) for i, item in enumerate(items)]
     with common.autocast(model.llm):
-        for chunk in common.token_batches(sizes, MICRO):
+        for chunk in common.token_batches(sizes):
             some = answers[chunk.start * k:chunk.stop * k]
             parts += common.token_log_probs(*teacher.answer_states([items[i] for i in chunk], some)).split([len(y) for y in some])
     return parts
@@ -250,15 +249,15 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         offset = sum(len(part[1]) for part in everyone if part[0] < rank)
         # ---- loss: each prompt is computed once for its K samples
         kl = entropy = gap = total = 0.0
+        with_kl = args.beta or step % 10 == 0             # with beta 0 the KL is only logged, by one sample of each prompt
         sizes = [common.PROMPT_TOKENS + len(sounds[i]["ids"]) + sum(map(len, answers[i * k:(i + 1) * k])) for i in range(len(rows))]
         order = sorted(range(len(rows)), key=sizes.__getitem__)
-        for chunk in common.token_batches([sizes[i] for i in order], MICRO):
+        for chunk in common.token_batches([sizes[i] for i in order]):
             chosen = [order[at] for at in chunk]
             members = [i * k + j for i in chosen for j in range(k)]
-            compared = members if args.beta else members[::k] if step % 10 == 0 else []   # with beta 0 the KL is only logged
-            reference = {}
+            compared, reference = members[::1 if args.beta else k], {}
             with common.autocast(model.llm):
-                if compared:
+                if with_kl:
                     with torch.no_grad(), model.as_reference():
                         reference = dict(zip(compared, log_probs_of(model, rows, sounds, answers, chosen, compared)))
                 log_probs = log_probs_of(model, rows, sounds, answers, chosen, members)    # K per prompt, each (L,)
@@ -277,7 +276,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         skipped.append(norm is None)
         # ---- log
         parts = common.gather([{j: [own[item["id"]][j] for item in rows] for j in weights}])
-        row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k) if args.beta or step % 10 == 0 else None, entropy=sums[2] / sums[4],
+        row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k) if with_kl else None, entropy=sums[2] / sums[4],
                    tokens=sums[4] / (n * k), truncated=1 - float(ended.double().mean()),
                    rollout_seconds=round(rollout_seconds, 2), update_seconds=round(update_seconds, 2),
                    tokens_per_second=round(sums[4] / (rollout_seconds + update_seconds), 1))

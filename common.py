@@ -58,6 +58,7 @@ SYSTEM = "You are a voice assistant. Answer in one short sentence."  # the one s
 SPLITS = ("train", "valid", "test")
 TASKS = ("instruct", "sqa", "s2tt")
 UNTRAINED = ("text", "cascade", "init")                   # systems of 04 that need no checkpoint
+MICRO = 1024                                              # tokens a forward pass of the LLM in training
 PROMPT_TOKENS = 40                                        # of a prompt without the words: to size micro-batches
 BRIDGE_LR = 0.03                                          # see make_optimizer
 
@@ -1159,7 +1160,8 @@ class _ByChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, None, gradient[:, None].to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], *[None] * (len(ctx.needs_input_grad) - 3)
+        slopes, = ctx.saved_tensors                                                        # (rows, d)
+        return None, None, gradient[:, None].to(slopes.dtype) * slopes, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def by_chunks(function, states, *rows, size=256):
@@ -1181,7 +1183,7 @@ def token_log_probs(llm, states, ids):
     return by_chunks(lambda h, y: -F.cross_entropy(head(h).float(), y, reduction="none"), states, ids)
 
 
-def token_batches(lengths, limit):
+def token_batches(lengths, limit=MICRO):
     """Neighbours in batches of at most `limit` tokens, the padding included (one alone may be longer): list of ranges."""
     batches, start, widest = [], 0, 0
     for i, length in enumerate(lengths):
@@ -1243,8 +1245,8 @@ class KeyValues:
 
 
 def sample(llm, *args, **options):
-    """`decode` with LoRA merged."""
-    with torch.inference_mode(), merged_linears(llm):
+    """`decode` with LoRA merged, heads grouped, and no gradient."""
+    with torch.inference_mode(), merged_linears(llm), grouped(_body_and_head(llm)[0]):
         return decode(llm, *args, **options)
 
 
@@ -1268,9 +1270,8 @@ def decode(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
     real = at >= (width - sizes)[:, None]                                                  # (N, T + max_new)
     sees = real[:, None, None, :width].expand(-1, 1, width, -1).tril()                     # (N, 1, T, T)
     bias, cache = _bias(real[:, None, None], table.weight.dtype), KeyValues(max_new)       # (N, 1, 1, T + max_new)
-    with grouped(body):
-        hidden = body(inputs_embeds=embeds, attention_mask=_bias(sees, bias.dtype), past_key_values=cache, use_cache=True,
-                      position_ids=(at[:width] - (width - sizes)[:, None]).clamp(min=0)).last_hidden_state[:, -1]   # (N, d)
+    hidden = body(inputs_embeds=embeds, attention_mask=_bias(sees, bias.dtype), past_key_values=cache, use_cache=True,
+                  position_ids=(at[:width] - (width - sizes)[:, None]).clamp(min=0)).last_hidden_state[:, -1]   # (N, d)
     # ---- each prompt's keys once for every sample
     alive = torch.arange(sum(counts), device=device)                                       # the rows of the batch
     owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)   # (rows,)
@@ -1280,29 +1281,28 @@ def decode(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
         uniform = torch.stack([torch.rand(max_new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                                for row in seeds for seed in row]).to(device, torch.float32)   # (rows, max_new)
     out, ended = [[] for _ in owner], [False] * len(owner)
-    with grouped(body):
-        for t in range(max_new):
-            logits = head(hidden).float()                                                  # (alive, V)
-            if seeds is None:
-                token = logits.argmax(-1)
-            else:
-                cdf = (logits / temperature).softmax(-1).cumsum(-1)
-                token = torch.searchsorted(cdf, uniform[alive, t, None] * cdf[:, -1:], right=True)[:, 0]
-                token = token.clamp(max=logits.shape[1] - 1)
-            for row, value in zip(alive.tolist(), token.tolist()):
-                ended[row] = ended[row] or value == end_id
-                if not ended[row]:
-                    out[row].append(value)
-            going = [i for i, row in enumerate(alive.tolist()) if not ended[row]]
-            if not going or t == max_new - 1:
-                break
-            if len(going) <= 0.9 * len(alive):            # not for every row: it copies the cache
-                going = torch.tensor(going, device=device)
-                cache.select(going)
-                alive, token, bias, sizes = alive[going], token[going], bias[going], sizes[going]
-            cache.used = width + t
-            hidden = body(inputs_embeds=table(token)[:, None], attention_mask=bias[..., :width + t + 1],
-                          position_ids=(sizes + t)[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+    for t in range(max_new):
+        logits = head(hidden).float()                                                  # (alive, V)
+        if seeds is None:
+            token = logits.argmax(-1)
+        else:
+            cdf = (logits / temperature).softmax(-1).cumsum(-1)
+            token = torch.searchsorted(cdf, uniform[alive, t, None] * cdf[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=logits.shape[1] - 1)
+        for row, value in zip(alive.tolist(), token.tolist()):
+            ended[row] = ended[row] or value == end_id
+            if not ended[row]:
+                out[row].append(value)
+        going = [i for i, row in enumerate(alive.tolist()) if not ended[row]]
+        if not going or t == max_new - 1:
+            break
+        if len(going) <= 0.9 * len(alive):            # not for every row: it copies the cache
+            going = torch.tensor(going, device=device)
+            cache.select(going)
+            alive, token, bias, sizes = alive[going], token[going], bias[going], sizes[going]
+        cache.used = width + t
+        hidden = body(inputs_embeds=table(token)[:, None], attention_mask=bias[..., :width + t + 1],
+                      position_ids=(sizes + t)[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
     results = iter(zip(out, ended))
     return [[next(results) for _ in range(count)] for count in counts]
 

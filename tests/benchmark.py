@@ -86,9 +86,9 @@ def bench_rollout(model):
             times[way].append(timed(way)[0])
     a, b = (len(ids) * K * ANSWER / statistics.median(times[way][1:]) for way in (ours, theirs))
     body, head = body_size(model)
-    flops = 2 * (body + head) * a
+    flops, limit = 2 * (body + head) * a, matmul_rate()
     return [("(a) rollout, tokens/s (`generate`, batch expanded)", f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}"),
-            ("(e) rollout, GFLOP/s; bf16 matrix products", f"{flops / 1e9:.0f}", f"{matmul_rate() / 1e9:.0f}", f"{flops / matmul_rate():.2f}")]
+            ("(e) rollout, GFLOP/s; bf16 matrix products", f"{flops / 1e9:.0f}", f"{limit / 1e9:.0f}", f"{flops / limit:.2f}")]
 
 
 def write_items(work, voices):
@@ -177,11 +177,12 @@ def bench_step(model, work):
     update = statistics.median(4 * (body * (prompt + K * PROMPTS * row["tokens"]) + head * K * PROMPTS * row["tokens"]) / row["update_seconds"]
                                for row in rows)
     import trl
+    limit = matmul_rate()
     return [(f"(b) RL step on text, samples/s (TRL {trl.__version__}; tokens an answer {mean['text']:.0f} and {mean['trl']:.0f})",
              f"{rate['text']:.2f}", f"{rate['trl']:.2f}", f"{rate['text'] / rate['trl']:.2f}"),
             (f"(b) RL step on speech: Whisper on its {PROMPTS} utterances ({listening:.1f} s) and the teacher's token reward included; "
              f"tokens {mean['speech']:.0f}", f"{rate['speech']:.2f}", f"{rate['trl']:.2f}", f"{rate['speech'] / rate['trl']:.2f}"),
-            ("(e) update, GFLOP/s; bf16 matrix products", f"{update / 1e9:.0f}", f"{matmul_rate() / 1e9:.0f}", f"{update / matmul_rate():.2f}")]
+            ("(e) update, GFLOP/s; bf16 matrix products", f"{update / 1e9:.0f}", f"{limit / 1e9:.0f}", f"{update / limit:.2f}")]
 
 
 def one_update(way):
@@ -204,7 +205,7 @@ def one_update(way):
                 prompts = [prompt for prompt in prompts for _ in range(K)]
             loss = -log_probs(model.llm, *common.answer_states(model.llm, prompts, some)).sum()
         loss.backward()
-    for chunk in common.token_batches([len(chat) + K * ANSWER for chat in chats], rl.MICRO) if way == "ours" else [range(PROMPTS)]:
+    for chunk in common.token_batches([len(chat) + K * ANSWER for chat in chats]) if way == "ours" else [range(PROMPTS)]:
         if chunk.start == 0:
             embed(torch.zeros(1, dtype=torch.long, device=device))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

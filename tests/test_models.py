@@ -192,9 +192,7 @@ def test_chat_parts_are_the_chat_template(model):
 def test_greedy_sampling_is_transformers_generate(model, chats):
     got = common.sample(model.llm, [embeds(model, ids) for ids in chats], model.end_id, 24)
     for ids, [(answer, ended)] in zip(chats, got):
-        with torch.inference_mode():
-            wanted = model.llm.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=model.end_id,
-                                        attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0, len(ids):].tolist()
+        wanted = generated(model, ids, 24)
         assert answer == [t for t in wanted if t != model.end_id] and ended == (model.end_id in wanted)
 
 
@@ -237,16 +235,27 @@ def test_answers_are_the_same_alone_padded_and_permuted(model, sounds):
     assert len({text for text, _, _ in together.values()}) > 1
 
 
-@contextlib.contextmanager
-def moved(model, size=0.02):
-    """The model with W and LoRA away from their start."""
-    before = {name: p.detach().clone() for name, p in model.trainable().items()}
+def move(model, size=0.02):
+    """W and LoRA away from where they are."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.trainable().values():
             p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+def generated(model, ids, max_new):
+    """transformers' own greedy continuation."""
+    with torch.inference_mode():
+        return model.llm.generate(torch.tensor([ids]), max_new_tokens=max_new, do_sample=False, eos_token_id=model.end_id,
+                                  attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0, len(ids):].tolist()
+
+
+@contextlib.contextmanager
+def restored(model):
+    """What is trained goes back to where it was."""
+    before = {name: p.detach().clone() for name, p in model.trainable().items()}
     try:
-        yield model
+        yield
     finally:
         model.zero_grad()
         with torch.no_grad():
@@ -260,7 +269,8 @@ def test_k_answers_behind_one_prompt_are_k_sequences(model, sounds):
     texts = ["It is Paris.", "No.", "First, heat the oven.", "I can't say that.", "Je vais au magasin.", "Oui.", "Neil Armstrong.", "A man.",
              "", "Use salt and a hot oven for it.", "The store.", "Walk."]
     answers, factor = [model.answer_ids(text) for text in texts], [float(i % 5 - 1.7) for i in range(12)]
-    with moved(model):
+    with restored(model):
+        move(model)
         prompts = model.speech_prompts(sounds, REQUESTS)
         packed = common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers)).split([len(y) for y in answers])
         sum(f * lp.sum() for f, lp in zip(factor, packed)).backward()
@@ -277,14 +287,12 @@ def test_k_answers_behind_one_prompt_are_k_sequences(model, sounds):
 
 
 def test_sampling_merges_lora_and_leaves_the_weights_as_they_were(model, chats):
-    with moved(model, 0.05):
+    with restored(model):
+        move(model, 0.05)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         got = common.sample(model.llm, [embeds(model, ids) for ids in chats], model.end_id, 12)
         for ids, [(answer, ended)] in zip(chats, got):
-            with torch.inference_mode():
-                wanted = model.llm.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=model.end_id,
-                                            attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0, len(ids):].tolist()
-            assert answer + [model.end_id] * ended == wanted
+            assert answer + [model.end_id] * ended == generated(model, ids, 12)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert not any("forward" in vars(layer) for layer in model.modules())
 
@@ -361,16 +369,12 @@ def test_reference_policy_stays_while_the_policy_moves(model, sounds):
     def log_probs():
         prompts = model.speech_prompts(sounds[:1], [""])
         return common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answer))
-    before = {name: p.detach().clone() for name, p in model.trainable().items()}
-    with torch.no_grad():
+    with torch.no_grad(), restored(model):
         start = log_probs()
-        for p in model.trainable().values():
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        move(model)
         moved = log_probs()
         with model.as_reference():
             reference = log_probs()
-        for name, p in model.trainable().items():
-            p.copy_(before[name])
     torch.testing.assert_close(reference, start, rtol=1e-4, atol=1e-4)
     assert (moved - start).abs().max() > 0.05
     assert all(p.requires_grad for p in model.trainable().values())
