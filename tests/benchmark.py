@@ -2,7 +2,8 @@
 
 Each row does the same work in two ways, in turns: medians and their ratio. ROWS: some of rollout, step, memory, synthesis
 (default: all). SmolLM2-135M with LoRA, K = 4, answers of at most 40 tokens, 8 prompts an update; everything else is the
-tiny preset's. The RL steps are those of 03_rba_rl.py's own `train` and of TRL's GRPOTrainer, unchanged.
+tiny preset's. The RL steps are those of 03_rba_rl.py's own `train` and of TRL's GRPOTrainer, unchanged; as each way of a step or of
+an update changes the process it runs in (allocator, threads), each has processes of its own.
 """
 import importlib
 import json
@@ -147,42 +148,59 @@ def trl_trainer(items, folder, steps):
     return trainer, seconds, lengths
 
 
-def bench_step(model, work):
-    """(b) whole RL steps; (e) the update's FLOP/s."""
-    items, steps = write_items(work, synthesis.Voices("piper-joe")), 3
+def one_turn(way, folder):
+    """`steps` RL steps of ours ("text", then "speech") or of TRL's -> JSON of seconds and tokens an answer, FLOP/s of our updates."""
+    work, steps = Path(folder), 4
+    items = common.read_jsonl(work / "data" / "train.jsonl")
+    if "trl" in way:
+        trainer, seconds, lengths = trl_trainer(items, work / "trl", steps)
+        trainer.train()
+        return dict(trl=dict(seconds=seconds[1:], tokens=lengths))
+    model = common.SpeechLM(common.PRESETS["tiny"], "cuda" if torch.cuda.is_available() else "cpu")
     waves = [common.read_audio(work / "data" / item["audio"]) for item in items]
     model.listen(waves, 9.0)
     listening, heard = timed(lambda: model.listen(waves, 9.0))
     words = [model.tokenizer(item["text"]).input_ids for item in items]
     written = [dict(text=item["text"], ids=ids, states=torch.zeros(len(ids), heard[0]["states"].shape[1]).half())
                for item, ids in zip(items, words)]        # with W = 0 these are the prompts of the text LLM
-    teacher = common.Teacher(model, "smollm2-135m")
-    times = {"text": [], "speech": [], "trl": []}
-    lengths, rows = {way: [] for way in times}, []
-    trainer, trl_seconds, trl_lengths = trl_trainer(items, work / "trl", steps)
-    for repeat in range(REPEATS):
-        for way, ears in (("text", written), ("speech", heard)):
-            seconds, tokens, log = our_steps(model, work, f"{way}{repeat}", items, ears, steps, teacher if way == "speech" else None)
-            times[way] += [s + listening * (way == "speech") for s in seconds]
-            lengths[way] += tokens
-            rows += log if way == "text" else []
-        trainer.train()
-        times["trl"] += trl_seconds[-steps:][1:]
-    lengths["trl"] = trl_lengths
-    rate = {way: PROMPTS * K / statistics.median(seconds) for way, seconds in times.items()}
-    mean = {way: statistics.mean(values) for way, values in lengths.items()}
+    seconds, tokens, log = our_steps(model, work, "text", items, written, steps)
     body, head = body_size(model)
     # forward and the gradient of the input, 4 operations a weight and token: weights are frozen; LoRA and attention apart
     prompt = sum(map(len, words)) + PROMPTS * sum(map(len, common.chat_parts(model.tokenizer)[:2]))
-    update = statistics.median(4 * (body * (prompt + K * PROMPTS * row["tokens"]) + head * K * PROMPTS * row["tokens"]) / row["update_seconds"]
-                               for row in rows)
+    flops = [4 * (body * (prompt + K * PROMPTS * row["tokens"]) + head * K * PROMPTS * row["tokens"]) / row["update_seconds"] for row in log]
+    out = dict(text=dict(seconds=seconds, tokens=tokens, flops=flops))
+    seconds, tokens, _ = our_steps(model, work, "speech", items, heard, steps, common.Teacher(model, "smollm2-135m"))
+    return out | dict(speech=dict(seconds=[s + listening for s in seconds], tokens=tokens, listening=[listening]))
+
+
+def bench_step():
+    """(b) whole RL steps; (e) the update's FLOP/s."""
     import trl
-    limit = matmul_rate()
-    return [(f"(b) RL step on text, samples/s (TRL {trl.__version__}; tokens an answer {mean['text']:.0f} and {mean['trl']:.0f})",
-             f"{rate['text']:.2f}", f"{rate['trl']:.2f}", f"{rate['text'] / rate['trl']:.2f}"),
-            (f"(b) RL step on speech: Whisper on its {PROMPTS} utterances ({listening:.1f} s) and the teacher's token reward included; "
-             f"tokens {mean['speech']:.0f}", f"{rate['speech']:.2f}", f"{rate['trl']:.2f}", f"{rate['speech'] / rate['trl']:.2f}"),
-            ("(e) update, GFLOP/s; bf16 matrix products", f"{update / 1e9:.0f}", f"{limit / 1e9:.0f}", f"{update / limit:.2f}")]
+    found = {}
+    for _ in range(REPEATS):
+        for way in ("ours", "trl", "trl malloc"):         # a user of TRL has not this repo's malloc settings (common.run)
+            with tempfile.TemporaryDirectory() as folder:
+                write_items(Path(folder), synthesis.Voices("piper-joe"))
+                for name, values in in_own_process("one_turn", way, folder).items():
+                    row = found.setdefault(name + " malloc" * ("malloc" in way), {})
+                    for key, some in values.items():
+                        row.setdefault(key, []).extend(some)
+    rate = {name: PROMPTS * K / statistics.median(row["seconds"]) for name, row in found.items()}
+    mean = {name: f"{statistics.mean(row['tokens']):.0f}" for name, row in found.items()}
+    listening, update, limit = statistics.median(found["speech"]["listening"]), statistics.median(found["text"]["flops"]), matmul_rate()
+    whole = (f"(b) RL step on speech: Whisper on its {PROMPTS} utterances ({listening:.1f} s) and the teacher's token reward included; "
+             f"tokens {mean['speech']} and {mean['trl']}")
+    return [(what + note, f"{rate[ours]:.2f}", f"{rate[other]:.2f}", f"{rate[ours] / rate[other]:.2f}")
+            for other, note in (("trl", ""), ("trl malloc", "; TRL with this repo's malloc settings"))
+            for ours, what in (("text", f"(b) RL step on text, samples/s (TRL {trl.__version__}; tokens an answer {mean['text']} and {mean['trl']})"),
+                               ("speech", whole))
+            ] + [("(e) update, GFLOP/s; bf16 matrix products", f"{update / 1e9:.0f}", f"{limit / 1e9:.0f}", f"{update / limit:.2f}")]
+
+
+def in_own_process(*command):
+    """The JSON that this script prints last with that command line."""
+    done = subprocess.run([sys.executable, __file__, *command], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def one_update(way):
@@ -210,13 +228,12 @@ def one_update(way):
             embed(torch.zeros(1, dtype=torch.long, device=device))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         update(chunk)
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 
 
 def bench_memory():
     """(c), each way in a process of its own."""
-    peak = [int(subprocess.run([sys.executable, __file__, "one_update", way], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-            for way in ("ours", "whole")]
+    peak = [in_own_process("one_update", way) for way in ("ours", "whole")]
     return [("(c) peak memory of the update, MB above the start (whole logits, one batch)", *map(str, peak), f"{peak[0] / peak[1]:.2f}")]
 
 
@@ -239,14 +256,13 @@ def bench_synthesis(model):
 
 
 def main():
-    if sys.argv[1:2] == ["one_update"]:
-        return one_update(sys.argv[2])
+    if sys.argv[1:2] in (["one_update"], ["one_turn"]):
+        return print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
     chosen = sys.argv[1:] or ["rollout", "step", "memory", "synthesis"]
     rows = bench_memory() if "memory" in chosen else []
+    rows += bench_step() if "step" in chosen else []
     model = common.SpeechLM(common.PRESETS["tiny"], "cuda" if torch.cuda.is_available() else "cpu")
     rows += bench_rollout(model) if "rollout" in chosen else []
-    with tempfile.TemporaryDirectory() as folder:
-        rows += bench_step(model, Path(folder)) if "step" in chosen else []
     rows += bench_synthesis(model) if "synthesis" in chosen else []
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     versions = ", ".join(f"{name} {common.importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
@@ -256,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)                                      # as the stages are: with their memory settings
+    (main if sys.argv[1:3] == ["one_turn", "trl"] else lambda: common.run(main))()   # ours as the stages are: with their malloc settings
