@@ -5,11 +5,13 @@
 - Systems: `text` (LoRA off, gold words: the teacher where the two LLMs are one), `cascade` (Whisper's transcript, same
   LLM), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds; any other NAME.pt likewise.
 - `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
-  exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine of the embeddings, the teacher's mean
-  log-likelihood of the answer given the gold words, and the win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU
-  and chrF (sacrebleu; against the teacher's translation, so agreement, not quality). WER of Whisper's transcript: covariate.
+  exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine to y_T under an encoder that is no reward
+  (`similarity`) and under the reward's (`semantic`), the teacher's mean log-likelihood of the answer given the gold words, and the
+  win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU and chrF (sacrebleu; against the teacher's translation, so
+  agreement, not quality). WER of Whisper's transcript: covariate.
 - 95 % percentile bootstrap over items; differences to `sft` paired. A difference whose interval holds 0 is "not
-  separable". † a metric the system was trained on: never the headline.
+  separable". † a metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds:
+  one row, the mean over them, with each seed's value in results.json and their range in the table.
 - Gap recovered = (system - sft) / (text - sft), only where the interval of text - sft excludes 0.
 
 Reads DIR/data/test_all.jsonl (before the WER bound) and DIR/*.pt. Writes DIR/answers/*.jsonl, results.json,
@@ -17,8 +19,11 @@ results.md, results.png.
 
     python 04_evaluate.py                      every system in DIR
     python 04_evaluate.py --ask question.wav   every system's answer to one recording
+    python 04_evaluate.py --draw FILE.json     table and plot of a results.json again
 """
 import contextlib
+import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -32,13 +37,15 @@ from tqdm import tqdm
 
 FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "conditions": dict(help="comma-separated acoustic conditions, clean first: clean,noise:5,reverb:0.6,band:1666,babble:5"),
-         "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference"),
+         "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference, or "
+                           "another split of 01's"),
+         "draw": dict(metavar="FILE", help="a results.json: write its table and plot beside it"),
          "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
 CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked for by name, `init`: no training at all
 UNHEARD = ", unheard voices"
 NAMES = {"wins": "% wins against sft by log π_T", "WER": "WER of Whisper"}
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
-TRAINED_BY = {("instruct", "similarity"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
+TRAINED_BY = {("instruct", "semantic"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
               ("instruct", "log π_T"): {"logp", "token"}, ("instruct", "wins"): {"logp", "token"}}
 
 
@@ -88,8 +95,26 @@ def judge(model, teacher, items, answers):
     return scores
 
 
-def measure(items, answers, heard, scores, embed):
-    """{(task, metric): (statistics (N, C) per item, aggregate)} of one system's answers [(text, tokens, ended)]."""
+class WordLlama:
+    """An encoder that is no reward: the mean of static token vectors, which were distilled from the input embeddings of large LLMs
+    (github.com/dleemiller/WordLlama, 256 values)."""
+
+    def __init__(self):
+        from safetensors.torch import load_file
+        from transformers import PreTrainedTokenizerFast
+        with common.loading("wordllama", "sentence embedder") as path:
+            self.table = load_file(f"{path}/model.safetensors")["embedding.weight"].float()    # (32000, 256)
+            self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{path}/tokenizer.json")
+
+    def __call__(self, texts):
+        """list of N strings -> (N, 256) float32, rows of length 1 (0 for a text without tokens)."""
+        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return torch.nn.functional.normalize(torch.stack([self.table[row].sum(0) for row in ids]), dim=-1)
+
+
+def measure(items, answers, heard, scores, encoders):
+    """{(task, metric): (statistics (N, C) per item, aggregate)} of one system's answers [(text, tokens, ended)].
+    encoders: {metric: list of N strings -> (N, d) rows of length 1}."""
     out = {}
     for task in TASKS:
         chosen = [i for i, item in enumerate(items) if item["task"] == task]
@@ -102,10 +127,11 @@ def measure(items, answers, heard, scores, embed):
                         "exact match": [100 * any(common.normalise(r) == common.normalise(a) for r in refs) for refs, a in pairs],
                         "F1": [100 * max(common.token_f1(a, r) for r in refs) for refs, a in pairs]}
         elif task == "instruct":
-            both = embed([*said, *(refs[0] for refs in gold)])
-            per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)],
-                        "similarity": (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist(),
-                        "log π_T": [scores[i] for i in chosen]}
+            per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)]}
+            for name, encode in encoders.items():
+                both = encode([*said, *(refs[0] for refs in gold)])
+                per_item[name] = (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist()
+            per_item["log π_T"] = [scores[i] for i in chosen]
         else:
             per_item = {}
             for name, metric in (("BLEU", sacrebleu.BLEU(effective_order=False)), ("chrF", sacrebleu.CHRF())):
@@ -117,6 +143,24 @@ def measure(items, answers, heard, scores, embed):
             edits = [common.word_errors(items[i]["text"], heard[i]) for i in chosen]
             out[task, "WER"] = np.array(edits, float), lambda sums, n: 100 * sums[..., 0] / sums[..., 1]
     return out
+
+
+def over_seeds(runs):
+    """The metrics of one system's training seeds (list of what `measure` gives) -> the same of their mean: statistics side by side
+    in columns, so that all seeds are resampled with the same items."""
+    if len(runs) == 1:
+        return runs[0]
+    out = {}
+    for key, (_, aggregate) in runs[0].items():
+        def score(sums, n, aggregate=aggregate):
+            return np.mean([aggregate(part, n) for part in np.split(sums, len(runs), -1)], 0)
+        out[key] = np.concatenate([run[key][0] for run in runs], 1), score
+    return out
+
+
+def without_seed(system):
+    """"rba-s1" -> "rba"."""
+    return re.sub(r"-s\d+$", "", system)
 
 
 # ------------------------------------------------------------------------------------------------------ systems
@@ -181,36 +225,40 @@ def ask(args, systems):
 
 # ------------------------------------------------------------------------------------------------------- report
 def compare(measured, base="sft", seed=0):
-    """{condition: {system: statistics}} -> rows: value, interval, paired difference to `base`, gap recovered."""
+    """{condition: {system: [a seed's statistics, ...]}} -> rows: value, interval, paired difference to `base`, gap recovered."""
     rows = []
     for condition, systems in measured.items():
-        for system, metrics in systems.items():
+        one = {system: over_seeds(runs) for system, runs in systems.items()}
+        for system, metrics in one.items():
             for (task, metric), (statistics, aggregate) in metrics.items():
                 value, low, high = common.bootstrap(statistics, aggregate, seed=seed)
                 row = dict(condition=condition, system=system, task=task, metric=metric, n=len(statistics), value=value,
                            low=low, high=high)
-                other = systems.get(base, {}).get((task, metric))
+                if len(systems[system]) > 1:
+                    seeds = [run[task, metric] for run in systems[system]]
+                    row["seeds"] = [float(score(own.sum(0), len(own))) for own, score in seeds]
+                other = one.get(base, {}).get((task, metric))
                 if other is not None and system != base:
-                    if metric == "log π_T":               # win rate by this judge, ties one half
-                        wins = 50 * (1 + np.sign(statistics - other[0]))
-                        won, low, high = common.bootstrap(wins, seed=seed)
-                        rows.append(row | dict(metric="wins", value=won, low=low, high=high))
-                    c = statistics.shape[1]
+                    if metric == "log π_T":               # win rate by this judge, ties one half; mean over seeds
+                        wins = 50 * (1 + np.sign(statistics - other[0].mean(1, keepdims=True)))      # (N, seeds)
+                        won, low, high = common.bootstrap(wins.mean(1, keepdims=True), seed=seed)
+                        rows.append(row | dict(metric="wins", value=won, low=low, high=high)
+                                    | (dict(seeds=wins.mean(0).tolist()) if "seeds" in row else {}))
+                    c, z = statistics.shape[1], statistics.shape[1] + other[0].shape[1]
                     columns = np.concatenate([statistics, other[0]], 1)
-                    def difference(sums, n, aggregate=aggregate, c=c):
-                        return aggregate(sums[..., :c], n) - aggregate(sums[..., c:], n)
+                    def difference(sums, n, own=aggregate, theirs=other[1], c=c):
+                        return own(sums[..., :c], n) - theirs(sums[..., c:], n)
                     d = common.bootstrap(columns, difference, seed=seed)
                     row |= dict(difference=d[0], difference_low=d[1], difference_high=d[2],
                                 separable=bool(d[1] > 0 or d[2] < 0))
-                    text = systems.get("text", {}).get((task, metric))
+                    text = one.get("text", {}).get((task, metric))
                     if PRIMARY.get(task) == metric and system != "text" and text is not None:
                         columns = np.concatenate([statistics, other[0], text[0]], 1)
-                        room = common.bootstrap(columns, lambda s, n, a=aggregate, c=c: a(s[..., 2 * c:], n) - a(s[..., c:2 * c], n),
-                                                seed=seed)
-                        if room[1] > 0:
-                            def recovered(s, n, a=aggregate, c=c):
-                                base_score = a(s[..., c:2 * c], n)
-                                return (a(s[..., :c], n) - base_score) / (a(s[..., 2 * c:], n) - base_score)
+                        def gap(s, n, theirs=other[1], top=text[1], c=c, z=z):
+                            return top(s[..., z:], n) - theirs(s[..., c:z], n)
+                        if common.bootstrap(columns, gap, seed=seed)[1] > 0:
+                            def recovered(s, n, gap=gap, difference=difference, z=z):
+                                return difference(s[..., :z], n) / gap(s, n)
                             g = common.bootstrap(columns, recovered, seed=seed)
                             row |= dict(gap_recovered=g[0], gap_recovered_low=g[1], gap_recovered_high=g[2])
                 rows.append(row)
@@ -220,7 +268,9 @@ def compare(measured, base="sft", seed=0):
 def cell(row, dagger):
     if row is None:
         return "–"
-    return f"{row['value']:.1f}{'†' if dagger else ''} [{row['low']:.1f}, {row['high']:.1f}]"
+    seeds = row.get("seeds", [0])
+    spread = f" ({len(seeds)} seeds {min(seeds):.1f} to {max(seeds):.1f})" if max(seeds) > min(seeds) else ""
+    return f"{row['value']:.1f}{'†' if dagger else ''} [{row['low']:.1f}, {row['high']:.1f}]{spread}"
 
 
 def table(rows, trained, lines):
@@ -274,8 +324,26 @@ def plot(rows, path):
     common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
+def report(held, path):
+    """results.json's content -> `path`.md and .png; prints the table."""
+    counts = ", ".join(f"{n} {task}" for task, n in held["items"].items())
+    lines = [f"# Results\n\nPreset `{held['preset']}`, seed {held['seed']}; {counts} held-out items before the WER bound, on "
+             f"speech that this run synthesized; teacher `{held['teacher']}`. 95 % bootstrap intervals over items."]
+    table(held["rows"], held["rewards"], lines)
+    lines += ["\n† the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
+              "References are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
+              "weights, is near 100 but where bfloat16 rounding parts two greedy paths), s2tt too, whatever its translations are worth. BLEU: "
+              f"`{signature(sacrebleu.BLEU())}`, chrF: `{signature(sacrebleu.CHRF())}`."]
+    common.write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
+    plot(held["rows"], path.with_suffix(".png"))
+    print("\n".join(lines))
+    print(f"\n{path.with_suffix('')}.md, .json, .png")
+
+
 def main():
     args = common.parse_args(__doc__, FLAGS)
+    if args.draw:
+        return draw(Path(args.draw))
     systems, conditions = available(args), args.conditions.split(",")
     for condition in conditions:
         common.parse_condition(condition)
@@ -293,9 +361,10 @@ def main():
         raise UserError(f"{source}: holds no items")
     suffix = f"-{source.stem}" if args.data else ""
     model = common.SpeechLM(vars(args), device)
-    embed, teacher = common.Embedder(args.embedder, device), common.Teacher(model, args.teacher)
-    data_key, window = common.fingerprint(source), 30.0 if args.data else args.window
-    measured, trained = {}, {system: [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
+    encoders, teacher = dict(similarity=WordLlama(), semantic=common.Embedder(args.embedder, device)), common.Teacher(model, args.teacher)
+    data_key = common.fingerprint(source)
+    window = args.window if source.parent == args.work / "data" else 30.0
+    measured, trained = {}, {without_seed(system): [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
                              for system, history in histories.items()}
     heard = {condition: common.listen_to_split(model, args.work, source, items, condition, window, rank, world)
              for condition in conditions}
@@ -326,28 +395,28 @@ def main():
         rows = read_answers(answers_path(args.work, source, system, condition))
         for part, chosen in parts.items():
             if chosen and (not part or condition == conditions[0]):
-                measured.setdefault(condition + part, {})[system] = measure(
+                measured.setdefault(condition + part, {}).setdefault(without_seed(system), []).append(measure(
                     [items[i] for i in chosen], [(rows[i]["answer"], rows[i]["tokens"], rows[i]["ended"]) for i in chosen],
                     [heard[condition][i]["text"] for i in chosen] if system != "text" else None,
-                    [rows[i]["score"] for i in chosen], embed)
+                    [rows[i]["score"] for i in chosen], encoders))
     for condition in conditions[1:]:                      # text hears nothing: the same in every condition
         if "text" in systems:
             measured[condition] = {"text": measured[conditions[0]]["text"]} | measured[condition]
-    rows = compare(measured, seed=args.seed)
-    common.write_json(args.work / f"results{suffix}.json", dict(preset=args.preset, seed=args.seed, data=data_key,
-        rows=rows, rewards=trained, history=histories) | common.environment())
-    counts = ", ".join(f"{n} {task}" for task, n in Counter(item["task"] for item in items).items())
-    lines = [f"# Results\n\nPreset `{args.preset}`, seed {args.seed}; {counts} held-out items before the WER bound, on "
-             f"speech that this run synthesized; teacher `{args.teacher}`. 95 % bootstrap intervals over items."]
-    table(rows, trained, lines)
-    lines += ["\n† the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
-              "References are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
-              "weights, is near 100 but where bfloat16 rounding parts two greedy paths), s2tt too, whatever its translations are worth. BLEU: "
-              f"`{signature(sacrebleu.BLEU())}`, chrF: `{signature(sacrebleu.CHRF())}`."]
-    common.write_text(args.work / f"results{suffix}.md", "\n".join(lines) + "\n")
-    plot(rows, args.work / f"results{suffix}.png")
-    print("\n".join(lines))
-    print(f"\n{args.work}/results{suffix}.md, .json, .png")
+    path = args.work / f"results{suffix}.json"
+    held = dict(preset=args.preset, seed=args.seed, teacher=args.teacher, data=data_key, items=Counter(item["task"] for item in items),
+                rows=compare(measured, seed=args.seed), rewards=trained, history=histories) | common.environment()
+    common.write_json(path, held)
+    report(held, path)
+
+
+def draw(path):
+    """Table and plot of a results.json once more."""
+    try:
+        held = json.loads(path.read_text())
+        report(held, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--draw {path}: no results.json of this script ({type(error).__name__}: {str(error)[:80]}); run 04_evaluate.py "
+                        "to make one") from None
 
 
 def answers_path(work, source, system, condition):
@@ -364,6 +433,7 @@ def own_item(row):
     references = [row["reference"]] if isinstance(row.get("reference"), str) else row.get("reference")
     if not references:
         raise ValueError("has no reference")
+    row = {"instruction": row.get("text")} | row         # 01's own files
     common.check_fields(row, dict(id=str, audio=str, task=str, instruction=str))
     item = dict(id=row["id"], audio=row["audio"], task=row["task"], text=row["instruction"], prompt=row.get("prompt", ""),
                 reference=references)

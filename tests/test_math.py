@@ -159,12 +159,34 @@ def test_bootstrap_covers_the_truth_about_95_times_in_100():
 def test_a_paired_difference_is_tighter_than_its_parts():
     generator = np.random.default_rng(0)
     hard = generator.normal(0, 10, 80)
-    measured = {"clean": {name: {("sqa", "accuracy"): ((hard + shift + generator.normal(0, .5, 80))[:, None], evaluate.mean)}
+    measured = {"clean": {name: [{("sqa", "accuracy"): ((hard + shift + generator.normal(0, .5, 80))[:, None], evaluate.mean)}]
                           for name, shift in (("text", 8.0), ("sft", 0.0), ("rba", 2.0))}}
     rows = {row["system"]: row for row in evaluate.compare(measured)}
     assert rows["rba"]["separable"] and 1.5 < rows["rba"]["difference"] < 2.5
     assert rows["rba"]["high"] - rows["rba"]["low"] > 4 * (rows["rba"]["difference_high"] - rows["rba"]["difference_low"])
     assert rows["rba"]["gap_recovered"] == pytest.approx(0.25, abs=.06) and "gap_recovered" not in rows["text"]
+
+
+def test_seeds_of_a_system_are_one_row_with_their_mean():
+    """Against plain numpy: value, interval (items resampled, all seeds with the same) and paired difference."""
+    generator = np.random.default_rng(1)
+    answers = ["the cat sat on the mat", "a dog ran far away", "it rained all day long", "birds sing in the morning"]
+    base, seeds = generator.normal(50, 10, 60), generator.normal(52, 10, (3, 60))
+    metric = sacrebleu.CHRF()
+    corpora = [evaluate.corpus_statistics(metric, [" ".join(generator.permutation(a.split())) for a in answers], [[a] for a in answers])
+               for _ in range(3)]
+    measured = {"clean": {"sft": [{("sqa", "accuracy"): (base[:, None], evaluate.mean)}],
+                          "rba": [{("sqa", "accuracy"): (own[:, None], evaluate.mean), ("s2tt", "chrF"): (corpus, evaluate.corpus_score(metric))}
+                                  for own, corpus in zip(seeds, corpora)]}}
+    rows = {(row["system"], row["metric"]): row for row in evaluate.compare(measured)}
+    row = rows["rba", "accuracy"]
+    assert row["value"] == pytest.approx(seeds.mean()) and row["seeds"] == pytest.approx(seeds.mean(1)) and "seeds" not in rows["sft", "accuracy"]
+    assert row["difference"] == pytest.approx(seeds.mean() - base.mean())
+    _, low, high = common.bootstrap((seeds.mean(0) - base)[:, None])
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx((low, high))
+    own = [float(evaluate.corpus_score(metric)(corpus.sum(0), 4)) for corpus in corpora]
+    assert rows["rba", "chrF"]["seeds"] == pytest.approx(own) and rows["rba", "chrF"]["value"] == pytest.approx(np.mean(own))
+    assert evaluate.without_seed("rba+opd-s12") == "rba+opd" and evaluate.without_seed("sft-seed") == "sft-seed"
 
 
 def test_learning_rate_and_batches():

@@ -450,6 +450,9 @@ def test_a_wheel_with_another_checksum_leaves_nothing_behind(tmp_path, monkeypat
 def test_embeddings_tell_likeness(model):
     a, b, c = common.Embedder("minilm-l6")(["How do I bake bread?", "Tell me how bread is baked.", "The stock market fell."])
     assert float(a @ a) == pytest.approx(1, abs=1e-5) and float(a @ b) > 0.7 > 0.3 > float(a @ c)
+    encode = stage("04_evaluate").WordLlama()             # the reference: the wordllama package's own `similarity`
+    a, b, c, empty = encode(["The capital of France is Paris.", "Paris is France's capital city.", "A fox ran over the hill.", ""])
+    assert [float(a @ other) for other in (a, b, c, empty)] == pytest.approx([1, 0.96023, -0.02231, 0], abs=2e-4)
 
 
 @pytest.mark.gpu

@@ -47,7 +47,7 @@ def test_checkpoints_logs_and_plots(work):
     assert (work / "plots" / "rba.png").stat().st_size > 5000 and (work / "plots" / "rba+opd.png").exists()
 
 
-def test_the_evaluation(work):
+def test_the_evaluation(work, tmp_path):
     results = json.loads((work / "results.json").read_text())
     rows = {(r["condition"], r["system"], r["task"], r["metric"]): r for r in results["rows"]}
     assert {s for _, s, _, _ in rows} == {"text", "sft", "rba", "rba+opd"}
@@ -58,6 +58,9 @@ def test_the_evaluation(work):
     text = (work / "results.md").read_text()
     assert "†" in text and "separable" in text and text.strip().splitlines()[-1] in (work / "stdout.txt").read_text()
     assert (work / "results.png").stat().st_size > 5000
+    (tmp_path / "again.json").write_text((work / "results.json").read_text())
+    stage("04_evaluate").draw(tmp_path / "again.json")       # --draw
+    assert (tmp_path / "again.md").read_text() == text and (tmp_path / "again.png").stat().st_size > 5000
     answers = common.read_jsonl(work / "answers" / "test_all" / "rba.babble-5.jsonl")
     assert [a["id"] for a in answers] == [i["id"] for i in common.read_items(work, "test_all")]
 

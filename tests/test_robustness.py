@@ -386,6 +386,7 @@ BAD = {
     "impossible condition": (EVAL, ["--conditions", "reverb:0"], nothing, "condition reverb:0"),
     "checkpoint to evaluate cut": (EVAL, [], lambda work: replace(work / "kd.pt", b"PK\3\4"), "kd.pt: no rba-speechlm-1"),
     "answers cut": (EVAL, [], lambda w: replace(w / "answers" / "test_all" / "sft.clean.jsonl", '{"id"'), "run 04_evaluate.py again"),
+    "nothing to draw": (EVAL, ["--draw", "data/config.json"], nothing, "no results.json of this script"),
     "question missing": (EVAL, ["--ask", "gone.wav"], nothing, "gone.wav: no such file"),
     "own data without reference": (EVAL, ["--data", "mine.jsonl"], own_data({k: OWN[k] for k in OWN if k != "reference"}), "has no reference"),
     "own data without audio": (EVAL, ["--data", "mine.jsonl"], own_data(OWN), "no such file"),
