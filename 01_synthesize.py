@@ -45,7 +45,6 @@ FLAGS = {"n-train": dict(type=int, help="items, a third per task"), "n-valid": d
 BATCH = 128                                               # user turns sampled per text batch
 SPEECH_BATCH = 32                                         # utterances per speech batch
 POOL = {"instruct": 2.0, "sqa": 1.3, "s2tt": 1.4}         # items per item wanted, for the WER bound to take its share
-REQUESTS = {"instruct": "", "sqa": "Answer in one short sentence.", "s2tt": "Translate what I said into {language}."}
 # What stands before the sampled words: a system turn (None: the template's own) and the turn's first words. Openers
 # are bare question words: no question, answer or entity stands in this file.
 QUIZ = ("You are a quiz expert. The user asks a short trivia question about geography, science, history, nature or "
@@ -153,7 +152,7 @@ def write_texts(teacher, stream, batch, args):
         rows.append(dict(id=f"{stream}-{batch:04d}-{number:03d}", task=stream, text=text, response="", reference=[],
                          ended=False, dropped=next((name for name, passed in checks if not passed), "")))
     asked = [row for row in rows if not row["dropped"]]
-    prompt = REQUESTS[stream].format(language=args.language)
+    prompt = common.REQUESTS[stream].format(language=args.language)
     before, after, _ = common.chat_parts(tokenizer, prompt)
     prompts = [before + tokenizer(row["text"], add_special_tokens=False).input_ids + after for row in asked]
     for row, [(answer, ended)] in zip(asked, continuations(prompts, args.max_new)):
@@ -411,7 +410,7 @@ def main():
     items = []
     for split, chosen in splits.items():
         for row in chosen:
-            prompt = REQUESTS[row["task"]].format(language=args.language)
+            prompt = common.REQUESTS[row["task"]].format(language=args.language)
             language = args.language if row["task"] == "s2tt" else "English"
             items.append(dict(id=row["id"], split=split, task=row["task"], language=language, text=row["text"],
                               prompt=prompt, response=row["response"], reference=row["reference"], audio="", seconds=0.0,

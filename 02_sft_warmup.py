@@ -8,6 +8,9 @@ distillation". The objectives [ours], each on the teacher's own answers y_T:
 Without --objective: prints the speech-text gap on train and valid -> sft.pt -> kd.pt, sft+.pt (both from sft.pt, with the
 budget of the preset's RBA run: updates x sampled responses).
 
+With --data, a set as 04 reads it takes the place of train (with --objective and --out): its references are y_T (human targets),
+or, with --targets teacher, the teacher's own answers to the same words: the two on the same recordings.
+
 Reads DIR/data. Writes DIR/NAME.pt (the last update), NAME.best.pt (the best on valid), NAME.config.json,
 logs/NAME.jsonl, gap.json; heard/ keeps what Whisper made of the speech.
 
@@ -28,6 +31,8 @@ from tqdm import tqdm
 FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
          "init": dict(help="checkpoint to start from, or none"),
          "out": dict(help="name of the checkpoint written with --objective"),
+         "data": dict(help="FILE.jsonl or KIND:PATH, as in 04, to train on instead of DIR/data/train.jsonl"),
+         "targets": dict(help="with --data: reference or teacher"),
          "max-steps": dict(type=int, help="updates, for every objective run"),
          "batch-size": dict(type=int, help="utterances or sequences an update"),
          "lr": dict(type=float, help="peak learning rate")}
@@ -58,6 +63,21 @@ def kd_loss(model, teacher, items, heard):
     states, _ = common.answer_states(model.llm, prompts, answers)                          # (sum L, d_S)
     teacher_head, head = (llm.get_output_embeddings() for llm in (teacher_llm, model.llm))
     return common.by_chunks(lambda s, t: kl_rows(teacher_head(t), head(s)), states, teacher_states).sum()
+
+
+def with_targets(model, items, targets, max_new):
+    """Items of a set, with y_T as `response`: their first reference, or the teacher's greedy answer to the words; "" where there is
+    none, or it did not end by itself."""
+    if targets == "reference":
+        return [item | {"response": (item["reference"] or [""])[0]} for item in items]
+    answers = []
+    with torch.no_grad(), common.autocast(model.llm), model.as_text_llm() as llm:
+        for at in range(0, len(items), 32):
+            chunk = items[at:at + 32]
+            prompts = common.text_prompts(model.tokenizer, llm, [i["text"] for i in chunk], [i["prompt"] for i in chunk])
+            answers += [reply for [reply] in common.sample(llm, prompts, model.end_id, max_new)]
+    return [item | {"response": model.tokenizer.decode(ids, skip_special_tokens=True).strip() if ended else ""}
+            for item, (ids, ended) in zip(items, answers)]
 
 
 # -------------------------------------------------------------------------------------------------- validation
@@ -114,7 +134,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
     items, heard = data["train"]
     facts = dict(objective=objective, init=common.fingerprint(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
-                 data=common.fingerprint(work / "data" / "train.jsonl"))
+                 data=common.fingerprint(args.source)) | ({"targets": args.targets} if args.data else {})
     config, done = work / f"{name}.config.json", common.is_done(work / f"{name}.pt", work / f"{name}.config.json")
     parent = {} if done else model.load(init)
     if rank == 0:
@@ -181,6 +201,11 @@ def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.objective not in (None, "sft", "kd"):
         raise UserError(f"--objective {args.objective}: not one of sft, kd")
+    if args.targets not in ((None, "reference", "teacher") if args.data else (None,)):
+        raise UserError(f"--targets {args.targets}: reference or teacher, and with --data alone")
+    if args.data and not (args.objective and args.out):
+        raise UserError("--data needs --objective and --out: what is trained on it has a name of its own")
+    args.targets = args.targets or "reference"
     if (args.out or args.init) and not args.objective:
         raise UserError("--init and --out are for one --objective; without --objective the names are fixed")
     rank, world, device = common.setup_processes()
@@ -197,14 +222,28 @@ def main():
         if str(init) != "none":
             common.load_checkpoint(init, "rba-speechlm-1")    # before the models are loaded: it may be missing
     splits = {split: common.read_items(args.work, split) for split in ("train", "valid")}
+    args.source, folder = args.work / "data" / "train.jsonl", None
+    if args.data:
+        args.source, folder, items, broken = common.read_set(args.data, args.language)
+        splits["train"] = [item for item in items if item["id"] not in broken]
+        if rank == 0:
+            print(f"{args.data}: {len(broken)} of {len(items)} items can't be heard and are left out", *broken.values(), sep="\n  ")
     for name, _, _, numbers in runs:
         if numbers["batch_size"] > len(splits["train"]):
             raise UserError(f"{name}: a batch of {numbers['batch_size']} is larger than the {len(splits['train'])} items of train.jsonl; "
                             "use a smaller --batch-size")
 
     model = common.SpeechLM(vars(args), device)
-    data = {split: (items, common.listen_to_split(model, args.work, args.work / "data" / f"{split}.jsonl", items,
-                                                  window=args.window, rank=rank, world=world)) for split, items in splits.items()}
+    data = {}
+    for split, path, own in (("train", args.source, folder), ("valid", args.work / "data" / "valid.jsonl", None)):
+        data[split] = splits[split], common.listen_to_split(model, args.work, path, splits[split], "clean", 30.0 if own else args.window,
+                                                            rank, world, own)
+    if args.data:
+        pairs = zip(with_targets(model, splits["train"], args.targets, args.max_new), data["train"][1])
+        data["train"] = [*zip(*(pair for pair in pairs if common.has_words(pair[0]["response"])))] or [(), ()]
+        if len(data["train"][0]) < runs[0][3]["batch_size"]:
+            raise UserError(f"--data {args.data}: {len(data['train'][0])} items have an answer to learn, fewer than a batch of "
+                            f"{runs[0][3]['batch_size']}; use a smaller --batch-size")
     teacher = None
     if any(objective == "kd" for _, objective, _, _ in runs):
         try:

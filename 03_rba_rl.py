@@ -51,37 +51,13 @@ def task_reward(item, answer):
     return math.nan
 
 
-class RewardModel:
-    """`rm`: a sequence-classification reward model with its own chat template, reading the gold text. [summary]"""
-
-    def __init__(self, name, device):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        if name == "none":
-            raise UserError("the rm reward needs a reward model; this preset names none: use --preset paper, or other rewards")
-        with common.loading(name, "reward model") as path:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype=common.native_dtype(), num_labels=1)
-        self.model.to(device).eval()
-
-    @torch.inference_mode()
-    def __call__(self, items, answers):
-        scores = []
-        for item, answer in zip(items, answers):
-            said = item["text"] + (f"\n{item['prompt']}" if item["prompt"] else "")
-            ids = self.tokenizer.apply_chat_template([{"role": "user", "content": said},
-                                                      {"role": "assistant", "content": answer}], return_tensors="pt",
-                                                     return_dict=True).to(self.model.device)
-            scores.append(float(self.model(**ids).logits[0, 0]))
-        return scores
-
-
 class Rewards:
     """The sequence rewards named in `weights`, each (items, answers, answer ids) -> list of floats (NaN: not defined)."""
 
     def __init__(self, weights, model, teacher, args):
         self.names, self.model, self.teacher = list(weights), model, teacher
         self.embed = common.Embedder(args.embedder, model.device) if "semantic" in weights else None
-        self.rm = RewardModel(args.reward_model, model.device) if "rm" in weights else None
+        self.rm = common.RewardModel(args.reward_model, model.device) if "rm" in weights else None
 
     def __call__(self, items, answers, ids, taught=None):
         """`taught`: the answers' log pi_T, where they have been computed already."""
@@ -310,9 +286,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
 
 def plot(rows, weights, path, name):
     """Curves of the run: each reward with the teacher's own, the token reward, KL to the warm-up, length."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = common.pyplot()
     panels = [*weights, *(["token_reward"] if "token_reward" in rows[0] else []), "kl", "tokens"]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), squeeze=False)
     for axis, panel in zip(axes[0], panels):

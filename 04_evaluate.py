@@ -9,8 +9,7 @@
   (`similarity`) and under the reward's (`semantic`), the teacher's mean log-likelihood of the answer given the gold words, and the
   win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU and chrF (sacrebleu; against the teacher's translation, so
   agreement, not quality). WER of Whisper's transcript: covariate.
-- 95 % percentile bootstrap over items; differences to `sft` paired. A difference whose interval holds 0 is "not
-  separable". † a metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds:
+- 95 % percentile bootstrap over items; differences to `sft` paired. A star where the interval of the difference excludes 0. † a metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds:
   one row, the mean over them, with each seed's value in results.json and their range in the table.
 - Gap recovered = (system - sft) / (text - sft), only where the interval of text - sft excludes 0.
 
@@ -22,9 +21,13 @@ results.md, results.png.
     python 04_evaluate.py --draw FILE.json     table and plot of a results.json again
 """
 import contextlib
+import hashlib
 import json
+import os
 import re
+import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common                                             # first: it says in one line what is missing
@@ -36,17 +39,23 @@ import torch
 from tqdm import tqdm
 
 FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
-         "conditions": dict(help="comma-separated acoustic conditions, clean first: clean,noise:5,reverb:0.6,band:1666,babble:5"),
+         "conditions": dict(help="comma-separated acoustic conditions, clean first, e.g. clean,noise:5,reverb:0.6,speed:1.5; all: three "
+                                 "severities of each of the seven kinds"),
          "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference, or "
                            "another split of 01's"),
          "draw": dict(metavar="FILE", help="a results.json: write its table and plot beside it"),
+         "judge": dict(metavar="URL|MODEL", help="who compares instruct answers with sft's: an OpenAI-compatible URL (http://HOST:PORT/v1, "
+                                                "or …/v1#MODEL), or a reward model"),
          "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
 CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked for by name, `init`: no training at all
 UNHEARD = ", unheard voices"
-NAMES = {"wins": "% wins against sft by log π_T", "WER": "WER of Whisper"}
+NAMES = {"wins": "% wins against sft by log π_T", "LC wins": "the same at equal lengths (not AlpacaEval's official number)",
+         "judged": "% preferred to sft by the judge", "LC judged": "the same at equal lengths (not AlpacaEval's official number)", "WER": "WER of Whisper"}
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
+SEVERITIES = {"noise": (10, 5, 0), "babble": (10, 5, 0), "reverb": (0.3, 0.6, 1.0), "speed": (1.25, 1.5, 1.75),
+              "band": (2833, 1666, 500), "loss": (5, 10, 20), "disfluency": (1, 2, 4)}
 TRAINED_BY = {("instruct", "semantic"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
-              ("instruct", "log π_T"): {"logp", "token"}, ("instruct", "wins"): {"logp", "token"}}
+              **{("instruct", metric): {"logp", "token"} for metric in ("log π_T", "wins", "LC wins")}}
 
 
 # ------------------------------------------------------------------------------------------------------ metrics
@@ -56,6 +65,11 @@ def is_contained(reference, answer):
     return bool(wanted) and any(said[i:i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
 
 
+def tokenizer(item):
+    """sacrebleu's tokenizer for the language of an item's reference."""
+    return {"Chinese": "zh", "Japanese": "char"}.get(item.get("language"), "13a")
+
+
 def corpus_statistics(metric, answers, references):
     """sacrebleu's sufficient statistics, a row per item: their sums over items give the corpus score."""
     most = max(map(len, references))                      # sacrebleu wants as many of every item: the first again changes no score
@@ -63,12 +77,21 @@ def corpus_statistics(metric, answers, references):
     return np.array(metric._extract_corpus_statistics(answers, columns), float)
 
 
-def corpus_score(metric):
-    def aggregate(sums, n):
-        flat = np.reshape(sums, (-1, np.shape(sums)[-1]))
-        scores = [metric._compute_score_from_stats([int(v) for v in row]).score for row in flat]
-        return np.reshape(scores, np.shape(sums)[:-1])
-    return aggregate
+def bleu(sums, _):
+    """sacrebleu's corpus BLEU of its summed statistics (..., 10), for many resamples at once: smoothing "exp"."""
+    length, wanted, correct, total = np.split(np.asarray(sums, float), [1, 2, 6], -1)
+    halvings = 2.0 ** np.cumsum(correct == 0, -1)         # each order without a match counts half of the one before
+    precision = np.where(correct > 0, correct, 1 / halvings) / np.maximum(total, 1)        # (..., 4)
+    brevity = np.exp(np.minimum(0, 1 - wanted / np.maximum(length, 1)))[..., 0]
+    return np.where((correct.sum(-1) > 0) & (total.min(-1) > 0), 100 * brevity * np.exp(np.log(precision).mean(-1)), 0.0)
+
+
+def chrf(sums, _):
+    """sacrebleu's corpus chrF (beta 2) of its summed statistics (..., 18), for many resamples at once."""
+    said, wanted, match = np.moveaxis(np.reshape(sums, (*np.shape(sums)[:-1], 6, 3)), -1, 0)   # (..., 6) each
+    used = (said > 0) & (wanted > 0)
+    precision, recall = (np.where(used, match / np.maximum(of, 1), 0.0).sum(-1) / np.maximum(used.sum(-1), 1) for of in (said, wanted))
+    return 100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-16)
 
 
 def signature(metric):
@@ -81,7 +104,7 @@ def mean(sums, n):
 
 
 @torch.inference_mode()
-def judge(model, teacher, items, answers):
+def teacher_scores(model, teacher, items, answers):
     """Mean log pi_T of each `instruct` answer's tokens given the gold words (None elsewhere): a judge that is no default
     reward of `rba`."""
     scores, judged = [None] * len(items), [i for i, item in enumerate(items) if item["task"] == "instruct"]
@@ -112,7 +135,70 @@ class WordLlama:
         return torch.nn.functional.normalize(torch.stack([self.table[row].sum(0) for row in ids]), dim=-1)
 
 
-def measure(items, answers, heard, scores, encoders):
+QUESTION = ("Which of two answers to a spoken request is better: more helpful, more correct, more to the point? Reply with the letter A or B "
+            "alone.\n\nRequest: {text}\n\nAnswer A: {a}\n\nAnswer B: {b}")
+
+
+class ServedJudge:
+    """An LLM at an OpenAI-compatible URL, asked in both orders."""
+
+    def __init__(self, url):
+        self.url, _, self.model = url.partition("#")
+        self.model = self.model or self._call("models")["data"][0]["id"]
+
+    def _call(self, route, **body):
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/{route}", json.dumps(body).encode() if body else None,
+                                         {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"})
+        try:
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                return json.load(reply)
+        except (OSError, ValueError) as error:            # refused, timed out, an HTTP status, no JSON
+            raise UserError(f"--judge {self.url}: no answer from {route} ({str(error)[:100]}); check the URL and that the server runs, then run "
+                            "the same command again to go on") from None
+
+    def prefers(self, item, first, second):
+        """1 where `first` is better, 0 where `second` is, 0.5 where the reply names neither."""
+        question = QUESTION.format(text=item["text"] + (f"\n{item['prompt']}" if item["prompt"] else ""), a=first, b=second)
+        reply = self._call("chat/completions", model=self.model, messages=[dict(role="user", content=question)], temperature=0, max_tokens=8)
+        letter = re.search(r"\b([AB])\b", str(reply["choices"][0]["message"]["content"]))
+        return {"A": 1.0, "B": 0.0}[letter[1]] if letter else 0.5
+
+    def __call__(self, items, answers, others):
+        """-> N preferences for `answers`: the mean of both orders."""
+        with ThreadPoolExecutor(8) as pool:
+            turns = [pool.map(self.prefers, items, *pair) for pair in ((answers, others), (others, answers))]
+            return [(a + 1 - b) / 2 for a, b in zip(*turns)]
+
+
+class RewardJudge:
+    """A reward model: the higher reward wins, equal ones are half a win each."""
+
+    def __init__(self, name, device):
+        self.rewards = common.RewardModel(name, device)
+
+    def __call__(self, items, answers, others):
+        return [(1 + np.sign(a - b)) / 2 for a, b in zip(self.rewards(items, answers), self.rewards(items, others))]
+
+
+def compare_answers(judge, path, items, key, answers, others):
+    """The judge's preferences for `answers` over `others` on the `instruct` items (None elsewhere), kept line by line in `path`."""
+    out = [None] * len(items)
+    if path.exists():                                     # what is of other answers, or a kill cut, goes
+        fields = dict(at=int, key=str, prefers=float)
+        held = [row for row in common.read_jsonl(path, lambda row: common.check_fields(row, fields), "04_evaluate.py", torn=True) if row["key"] == key]
+        common.write_jsonl(path, held)
+        for row in held:
+            out[row["at"]] = row["prefers"]
+    missing = [i for i, item in enumerate(items) if item["task"] == "instruct" and out[i] is None]
+    for at in tqdm(range(0, len(missing), 16), desc=f"judge {path.stem}", unit="batch", leave=False):
+        chosen = missing[at:at + 16]
+        for i, value in zip(chosen, judge(*([rows[i] for i in chosen] for rows in (items, answers, others)))):
+            out[i] = value
+            common.append_jsonl(path, dict(at=i, key=key, prefers=value))
+    return out
+
+
+def measure(items, answers, heard, scores, encoders, preferences=None):
     """{(task, metric): (statistics (N, C) per item, aggregate)} of one system's answers [(text, tokens, ended)].
     encoders: {metric: list of N strings -> (N, d) rows of length 1}."""
     out = {}
@@ -127,15 +213,17 @@ def measure(items, answers, heard, scores, encoders):
                         "exact match": [100 * any(common.normalise(r) == common.normalise(a) for r in refs) for refs, a in pairs],
                         "F1": [100 * max(common.token_f1(a, r) for r in refs) for refs, a in pairs]}
         elif task == "instruct":
-            per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)]}
-            for name, encode in encoders.items():
+            per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)]} if all(gold) else {}
+            for name, encode in encoders.items() if all(gold) else ():   # without references a judge alone compares
                 both = encode([*said, *(refs[0] for refs in gold)])
                 per_item[name] = (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist()
             per_item["log π_T"] = [scores[i] for i in chosen]
+            if preferences:
+                per_item["judged"] = [100 * preferences[i] for i in chosen]
         else:
             per_item = {}
-            for name, metric in (("BLEU", sacrebleu.BLEU(effective_order=False)), ("chrF", sacrebleu.CHRF())):
-                out[task, name] = corpus_statistics(metric, said, gold), corpus_score(metric)
+            for name, metric, score in (("BLEU", sacrebleu.BLEU(tokenize=tokenizer(items[chosen[0]])), bleu), ("chrF", sacrebleu.CHRF(), chrf)):
+                out[task, name] = corpus_statistics(metric, said, gold), score
         per_item["tokens"] = [answers[i][1] for i in chosen]
         for name, values in per_item.items():
             out[task, name] = np.array(values, float)[:, None], mean
@@ -143,6 +231,45 @@ def measure(items, answers, heard, scores, encoders):
             edits = [common.word_errors(items[i]["text"], heard[i]) for i in chosen]
             out[task, "WER"] = np.array(edits, float), lambda sums, n: 100 * sums[..., 0] / sums[..., 1]
     return out
+
+
+def length_controlled(wins, own, base, counts=None, prior=-1.6, weight=1.0):
+    """Win rate in % at equal lengths: logistic regression of the preference on [1, tanh((len_base - len_own) / std)] with a weak Gaussian
+    prior on the length coefficient, as official fits have -1.5 to -2.1; then the length term is left out. After AlpacaEval 2 (arXiv
+    2404.04475), which adds instruction difficulty and gamed baselines: not the official number.
+
+    wins (N,) in 0 to 1, lengths own and base (N,); counts (R, N) how often each resample holds each item -> (R,).
+    """
+    counts = np.ones((1, len(wins))) if counts is None else counts
+    gap = np.asarray(base, float) - own
+    x = np.tanh(gap / max(gap.std(), 1e-9))                                                # (N,)
+    theta, phi = np.zeros(len(counts)), np.full(len(counts), prior)                        # (R,)
+    for _ in range(25):                                   # Newton's method, for all resamples at once
+        p = 1 / (1 + np.exp(-(theta[:, None] + phi[:, None] * x)))                         # (R, N)
+        rest, curve = counts * (wins - p), counts * p * (1 - p)
+        g0, g1 = rest.sum(1) - 0.01 * theta, rest @ x - weight * (phi - prior)             # 0.01: where all are won
+        h00, h01, h11 = curve.sum(1) + 0.01, curve @ x, curve @ x ** 2 + weight
+        det = h00 * h11 - h01 ** 2
+        step0, step1 = (h11 * g0 - h01 * g1) / det, (h00 * g1 - h01 * g0) / det
+        theta, phi = theta + np.clip(step0, -2, 2), phi + np.clip(step1, -2, 2)
+        if max(np.abs(step0).max(), np.abs(step1).max()) < 1e-8:
+            break
+    return 100 / (1 + np.exp(-theta))
+
+
+def paired_tests(items, answers, base="sft"):
+    """sacrebleu's own paired bootstrap test of every system's translations against `base`: {system: {"BLEU": p, "chrF": p}}.
+    answers: {system: list of N strings}."""
+    from sacrebleu.significance import PairedTest
+    chosen = [i for i, item in enumerate(items) if item["task"] == "s2tt"]
+    named = [(system, [answers[system][i] for i in chosen]) for system in sorted(answers, key=lambda system: system != base)]
+    if not chosen or base not in answers or len(named) < 2:
+        return {}
+    metrics = {"BLEU": sacrebleu.BLEU(tokenize=tokenizer(items[chosen[0]])), "chrF": sacrebleu.CHRF()}
+    _, found = PairedTest(named, metrics, [[items[i]["reference"][0] for i in chosen]], test_type="bs", n_samples=1000)()
+    columns = [found[name] for name in found if name != "System"]
+    return {system: {metric: float(column[at].p_value) for metric, column in zip(metrics, columns)}
+            for at, (system, _) in enumerate(named) if at}
 
 
 def over_seeds(runs):
@@ -228,22 +355,22 @@ def compare(measured, base="sft", seed=0):
     """{condition: {system: [a seed's statistics, ...]}} -> rows: value, interval, paired difference to `base`, gap recovered."""
     rows = []
     for condition, systems in measured.items():
-        one = {system: over_seeds(runs) for system, runs in systems.items()}
+        one = {system: dict(over_seeds(runs)) for system, runs in systems.items()}
+        judged = ("instruct", "log π_T")
+        for system, metrics in one.items() if judged in one.get(base, {}) else ():
+            if system != base and judged in metrics:      # win rate by this judge, ties one half
+                metrics["instruct", "wins"] = (50 * (1 + np.sign(metrics[judged][0] - one[base][judged][0].mean(1, keepdims=True))),
+                                               lambda sums, n: sums.mean(-1) / n)
         for system, metrics in one.items():
             for (task, metric), (statistics, aggregate) in metrics.items():
                 value, low, high = common.bootstrap(statistics, aggregate, seed=seed)
                 row = dict(condition=condition, system=system, task=task, metric=metric, n=len(statistics), value=value,
                            low=low, high=high)
-                if len(systems[system]) > 1:
+                if len(systems[system]) > 1 and (task, metric) in systems[system][0]:
                     seeds = [run[task, metric] for run in systems[system]]
                     row["seeds"] = [float(score(own.sum(0), len(own))) for own, score in seeds]
                 other = one.get(base, {}).get((task, metric))
                 if other is not None and system != base:
-                    if metric == "log π_T":               # win rate by this judge, ties one half; mean over seeds
-                        wins = 50 * (1 + np.sign(statistics - other[0].mean(1, keepdims=True)))      # (N, seeds)
-                        won, low, high = common.bootstrap(wins.mean(1, keepdims=True), seed=seed)
-                        rows.append(row | dict(metric="wins", value=won, low=low, high=high)
-                                    | (dict(seeds=wins.mean(0).tolist()) if "seeds" in row else {}))
                     c, z = statistics.shape[1], statistics.shape[1] + other[0].shape[1]
                     columns = np.concatenate([statistics, other[0]], 1)
                     def difference(sums, n, own=aggregate, theirs=other[1], c=c):
@@ -262,6 +389,11 @@ def compare(measured, base="sft", seed=0):
                             g = common.bootstrap(columns, recovered, seed=seed)
                             row |= dict(gap_recovered=g[0], gap_recovered_low=g[1], gap_recovered_high=g[2])
                 rows.append(row)
+                if metric in ("wins", "judged"):          # once more with length taken out
+                    wins, lengths = statistics.mean(1) / 100, [own[task, "tokens"][0].mean(1) for own in (metrics, one[base])]
+                    low, high = np.percentile(length_controlled(wins, *lengths, common.draws(len(wins), 2000, seed)), [2.5, 97.5])
+                    rows.append(dict(condition=condition, system=system, task=task, metric=f"LC {metric}", n=len(wins), low=float(low),
+                                     high=float(high), value=float(length_controlled(wins, *lengths)[0])))
     return rows
 
 
@@ -270,12 +402,13 @@ def cell(row, dagger):
         return "–"
     seeds = row.get("seeds", [0])
     spread = f" ({len(seeds)} seeds {min(seeds):.1f} to {max(seeds):.1f})" if max(seeds) > min(seeds) else ""
-    return f"{row['value']:.1f}{'†' if dagger else ''} [{row['low']:.1f}, {row['high']:.1f}]{spread}"
+    return f"{row['value']:.1f}{'*' * row.get('separable', False)}{'†' if dagger else ''} [{row['low']:.1f}, {row['high']:.1f}]{spread}"
 
 
 def table(rows, trained, lines):
-    """Markdown tables per condition and task, appended to `lines`; {system: what it was trained on} gives the daggers."""
-    for condition in dict.fromkeys(row["condition"] for row in rows):
+    """Markdown tables of the first four conditions by task, appended to `lines`; {system: what it was trained on} gives the daggers."""
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    for condition in [c for c in conditions if not c.endswith(UNHEARD)][:4] + [c for c in conditions if c.endswith(UNHEARD)]:
         found = {(r["system"], r["task"], r["metric"]): r for r in rows if r["condition"] == condition}
         systems = list(dict.fromkeys(system for system, _, _ in found))
         for task in (t for t in TASKS if any(t == own for _, own, _ in found)):
@@ -292,19 +425,64 @@ def table(rows, trained, lines):
             own = [found.get((system, t, m), {}) for t, m in PRIMARY.items()]
             if not any("difference" in r for r in own):
                 continue
-            cells = [f"{r['difference']:+.1f} [{r['difference_low']:+.1f}, {r['difference_high']:+.1f}] "
-                     + ("separable" if r["separable"] else "not separable") if "difference" in r else "–" for r in own]
+            cells = [f"{r['difference']:+.1f}{'*' * r['separable']} [{r['difference_low']:+.1f}, {r['difference_high']:+.1f}]"
+                     if "difference" in r else "–" for r in own]
             gaps = [f"{r['task']} {r['gap_recovered']:+.2f} [{r['gap_recovered_low']:+.2f}, {r['gap_recovered_high']:+.2f}]"
                     for r in own if "gap_recovered" in r]
             lines.append(f"| {system} | " + " | ".join(cells) + f" | {', '.join(gaps) or '–'} |")
 
 
+def robustness_table(rows, lines):
+    """Each primary metric by condition, with its change against clean speech and Whisper's WER beside it, appended to `lines`."""
+    found = {(r["condition"], r["system"], r["task"], r["metric"]): r for r in rows if not r["condition"].endswith(UNHEARD)}
+    conditions, systems = (list(dict.fromkeys(key[at] for key in found)) for at in (0, 1))
+    if len(conditions) < 3:
+        return
+    for task, metric in PRIMARY.items():
+        own = [system for system in systems if ("clean", system, task, metric) in found]
+        lines += [f"\n### {task} {metric} by condition, and its change against clean speech in %\n",
+                  f"| condition | WER of Whisper | {' | '.join(own)} |", "|---" * (len(own) + 2) + "|"]
+        for condition in conditions:
+            wer = next((r["value"] for (c, _, t, m), r in found.items() if (c, t, m) == (condition, task, "WER")), None)
+            cells = []
+            for system in own:
+                row, clean = found[condition, system, task, metric], found["clean", system, task, metric]["value"]
+                change = f" ({100 * (row['value'] - clean) / clean:+.0f} %)" if condition != "clean" and clean else ""
+                cells.append(f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]{change}")
+            lines.append(f"| {condition} | {'–' if wer is None else f'{wer:.1f}'} | {' | '.join(cells)} |")
+
+
+def plot_robustness(rows, path):
+    """Small multiples: a column per kind of condition, a row per primary metric, a line with its interval band per system."""
+    kinds = [k for k in SEVERITIES if any(row["condition"].startswith(k + ":") for row in rows)]
+    if "clean" not in {row["condition"] for row in rows} or not kinds:
+        return
+    pyplot = common.pyplot()
+    found = {(r["condition"], r["system"], r["task"], r["metric"]): r for r in rows}
+    systems = list(dict.fromkeys(row["system"] for row in rows if row["system"] != "text"))
+    panels = [(t, m) for t, m in PRIMARY.items() if ("clean", systems[0], t, m) in found]
+    figure, axes = pyplot.subplots(len(panels), len(kinds), figsize=(2.4 * len(kinds) + 1, 2.5 * len(panels) + 0.6), squeeze=False, sharey="row")
+    for line, (task, metric) in zip(axes, panels):
+        for axis, kind in zip(line, kinds):
+            own = ["clean", *dict.fromkeys(row["condition"] for row in rows if re.fullmatch(kind + r":[\d.-]+", row["condition"]))]
+            for at, system in enumerate(systems):
+                points = [found[condition, system, task, metric] for condition in own]
+                style = dict(color=str(0.7 * at / max(1, len(systems) - 1)), ls=("-", "--", ":", "-.")[at % 4], marker="osv^Dx*"[at % 7], ms=4)
+                axis.plot(range(len(own)), [p["value"] for p in points], label=system, **style)
+                axis.fill_between(range(len(own)), [p["low"] for p in points], [p["high"] for p in points], color=style["color"], alpha=0.08, lw=0)
+            axis.set_xticks(range(len(own)), ["clean", *(c.partition(":")[2] for c in own[1:])])
+            axis.set_title(f"{kind} ({common.CONDITIONS[kind][3].lower()})", fontsize=9)
+        line[0].set_ylabel(f"{task}: {metric}")
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    pyplot.close(figure)
+
+
 def plot(rows, path):
-    """Primary metrics with their intervals, a panel per task, conditions side by side; legible in black and white."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if not c.endswith(UNHEARD)]
+    """Primary metrics with their intervals, a panel per task, at most four conditions side by side; legible in black and white."""
+    pyplot = common.pyplot()
+    conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if not c.endswith(UNHEARD)][:4]
     panels = [(t, m) for t, m in (*PRIMARY.items(), ("s2tt", "BLEU")) if any((r["task"], r["metric"]) == (t, m) for r in rows)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (task, metric) in zip(axes[0], panels):
@@ -322,20 +500,31 @@ def plot(rows, path):
     figure.suptitle("held-out items before the WER bound, 95 % bootstrap intervals")
     figure.tight_layout()
     common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    pyplot.close(figure)
 
 
 def report(held, path):
     """results.json's content -> `path`.md and .png; prints the table."""
     counts = ", ".join(f"{n} {task}" for task, n in held["items"].items())
-    lines = [f"# Results\n\nPreset `{held['preset']}`, seed {held['seed']}; {counts} held-out items before the WER bound, on "
-             f"speech that this run synthesized; teacher `{held['teacher']}`. 95 % bootstrap intervals over items."]
+    where = f"items of `{held['source']}`" if held["source"] else "held-out items before the WER bound, on speech that this run synthesized"
+    lines = [f"# Results\n\nPreset `{held['preset']}`, seed {held['seed']}; {counts} {where}; teacher `{held['teacher']}`. 95 % bootstrap "
+             "intervals over items."]
+    if held["judge"]:
+        lines.append(f"\nJudge: `{held['judge']}`, which reads the gold words and both answers.")
+    if held["broken"]:
+        lines.append(f"\n{len(held['broken'])} items can't be heard and count as wrong: {', '.join(held['broken'])}.")
     table(held["rows"], held["rewards"], lines)
-    lines += ["\n† the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
-              "References are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
+    if held["paired"]:
+        lines.append("\nTranslation, clean speech, p of sacrebleu's paired bootstrap test against sft: " + "; ".join(
+            f"{system} " + ", ".join(f"{metric} {p:.3f}" for metric, p in own.items()) for system, own in held["paired"].items()) + ".")
+    robustness_table(held["rows"], lines)
+    lines += ["\n\\* the 95 % interval of the paired difference to `sft` excludes 0. † the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
+              "References of 01's items are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
               "weights, is near 100 but where bfloat16 rounding parts two greedy paths), s2tt too, whatever its translations are worth. BLEU: "
-              f"`{signature(sacrebleu.BLEU())}`, chrF: `{signature(sacrebleu.CHRF())}`."]
+              f"`{signature(sacrebleu.BLEU(tokenize=held['tokenizer']))}`, chrF: `{signature(sacrebleu.CHRF())}`."]
     common.write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
     plot(held["rows"], path.with_suffix(".png"))
+    plot_robustness(held["rows"], path.with_name(f"{path.stem}-conditions.png"))
     print("\n".join(lines))
     print(f"\n{path.with_suffix('')}.md, .json, .png")
 
@@ -345,6 +534,8 @@ def main():
     if args.draw:
         return draw(Path(args.draw))
     systems, conditions = available(args), args.conditions.split(",")
+    if conditions == ["all"]:
+        conditions = ["clean", *(f"{kind}:{amount}" for kind, amounts in SEVERITIES.items() for amount in amounts)]
     for condition in conditions:
         common.parse_condition(condition)
     histories = {system: common.load_checkpoint(args.work / f"{system}.pt", "rba-speechlm-1").get("history", [])
@@ -355,10 +546,15 @@ def main():
     rank, world, device = common.setup_processes()
     if rank == 0:
         common.claim(args.work / "results.json")
-    source = Path(args.data) if args.data else args.work / "data" / "test_all.jsonl"
-    items = common.read_jsonl(source, own_item) if args.data else common.read_items(args.work, "test_all")
-    if not items:
-        raise UserError(f"{source}: holds no items")
+    if args.data:
+        source, folder, items, broken = common.read_set(args.data, args.language)
+    else:
+        source, items, broken = args.work / "data" / "test_all.jsonl", common.read_items(args.work, "test_all"), {}
+        folder = source.parent
+    if broken and rank == 0:
+        tqdm.write(f"{len(broken)} of {len(items)} items can't be heard and count as wrong:")
+        for reason in broken.values():
+            tqdm.write(f"  {reason}")
     suffix = f"-{source.stem}" if args.data else ""
     model = common.SpeechLM(vars(args), device)
     encoders, teacher = dict(similarity=WordLlama(), semantic=common.Embedder(args.embedder, device)), common.Teacher(model, args.teacher)
@@ -366,8 +562,13 @@ def main():
     window = args.window if source.parent == args.work / "data" else 30.0
     measured, trained = {}, {without_seed(system): [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
                              for system, history in histories.items()}
-    heard = {condition: common.listen_to_split(model, args.work, source, items, condition, window, rank, world)
-             for condition in conditions}
+    sound = [i for i, item in enumerate(items) if item["id"] not in broken]
+    unheard_row = dict(text="", ids=[], states=torch.zeros(0, model.asr.dims.n_text_state).half())
+    heard = {}
+    for condition in conditions:
+        heard[condition] = [unheard_row] * len(items)
+        for i, row in zip(sound, common.listen_to_split(model, args.work, source, [items[i] for i in sound], condition, window, rank, world, folder)):
+            heard[condition][i] = row
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
     work = [(condition, system) for condition in conditions for system in systems
             if not (system == "text" and condition != conditions[0])]
@@ -379,8 +580,11 @@ def main():
         held = read_answers(path) if path.exists() else []
         if at % world == rank and [row.get("key") for row in held] != [key] * len(items):
             load_system(model, system, args.work)
-            answers = answer_all(model, system, items, heard[condition], args.max_new)
-            scores = judge(model, teacher, items, answers)
+            able = range(len(items)) if system == "text" else sound
+            answers = [("", 0, False)] * len(items)
+            for i, answer in zip(able, answer_all(model, system, [items[i] for i in able], [heard[condition][i] for i in able], args.max_new)):
+                answers[i] = answer
+            scores = teacher_scores(model, teacher, items, answers)
             common.write_jsonl(path, [dict(id=item["id"], key=key, system=system, condition=condition, answer=answer,
                                            tokens=tokens, ended=ended, score=scores[i])
                                       for i, (item, (answer, tokens, ended)) in enumerate(zip(items, answers))])
@@ -388,25 +592,37 @@ def main():
     if rank:
         return
     # ---- metrics, intervals, table, plot; once more for the items in voices that train does not have
+    judge = None
+    if args.judge:
+        judge = ServedJudge(args.judge) if re.match("https?://", args.judge) else RewardJudge(args.judge, device)
     everything = range(len(items))
+    held = {(condition, system): read_answers(answers_path(args.work, source, system, condition)) for condition, system in work}
     unheard = common.parse_voices(args.unheard_voices)
     parts = {"": everything, UNHEARD: [i for i in everything if items[i].get("voice") in unheard]}
     for condition, system in work:
-        rows = read_answers(answers_path(args.work, source, system, condition))
+        rows, base, preferences = held[condition, system], held.get((condition, "sft")), None
+        if judge and base and system != "sft":
+            key = hashlib.sha256(repr((args.judge, QUESTION, [[row["answer"] for row in side] for side in (rows, base)])).encode()).hexdigest()[:16]
+            path = answers_path(args.work, source, system, condition).with_suffix(".judged.jsonl")
+            preferences = compare_answers(judge, path, items, key, *([row["answer"] for row in side] for side in (rows, base)))
         for part, chosen in parts.items():
             if chosen and (not part or condition == conditions[0]):
                 measured.setdefault(condition + part, {}).setdefault(without_seed(system), []).append(measure(
                     [items[i] for i in chosen], [(rows[i]["answer"], rows[i]["tokens"], rows[i]["ended"]) for i in chosen],
                     [heard[condition][i]["text"] for i in chosen] if system != "text" else None,
-                    [rows[i]["score"] for i in chosen], encoders))
-    for condition in conditions[1:]:                      # text hears nothing: the same in every condition
+                    [rows[i]["score"] for i in chosen], encoders, [preferences[i] for i in chosen] if preferences else None))
+    said = {system: [row["answer"] for row in held[conditions[0], system]] for system in systems}
+    for condition in conditions[1:]:                      # text hears nothing: the same in every condition, but for whom it is compared with
         if "text" in systems:
-            measured[condition] = {"text": measured[conditions[0]]["text"]} | measured[condition]
+            [text] = measured[conditions[0]]["text"]
+            measured[condition] = {"text": [{key: value for key, value in text.items() if key[1] != "judged"}]} | measured[condition]
     path = args.work / f"results{suffix}.json"
-    held = dict(preset=args.preset, seed=args.seed, teacher=args.teacher, data=data_key, items=Counter(item["task"] for item in items),
+    out = dict(preset=args.preset, seed=args.seed, teacher=args.teacher, data=data_key, items=Counter(item["task"] for item in items),
+                paired=paired_tests(items, said), source=args.data or "", broken=broken, judge=args.judge or "",
+                tokenizer=next((tokenizer(item) for item in items if item["task"] == "s2tt"), "13a"),
                 rows=compare(measured, seed=args.seed), rewards=trained, history=histories) | common.environment()
-    common.write_json(path, held)
-    report(held, path)
+    common.write_json(path, out)
+    report(out, path)
 
 
 def draw(path):
@@ -426,18 +642,6 @@ def answers_path(work, source, system, condition):
 def read_answers(path):
     fields = dict(id=str, key=str, answer=str, tokens=int, ended=bool)
     return common.read_jsonl(path, lambda row: {"score": None} | common.check_fields(row, fields), "04_evaluate.py")
-
-
-def own_item(row):
-    """A row of --data, with id, audio (relative to the file), task, instruction, reference (a string or list), as an item."""
-    references = [row["reference"]] if isinstance(row.get("reference"), str) else row.get("reference")
-    if not references:
-        raise ValueError("has no reference")
-    row = {"instruction": row.get("text")} | row         # 01's own files
-    common.check_fields(row, dict(id=str, audio=str, task=str, instruction=str))
-    item = dict(id=row["id"], audio=row["audio"], task=row["task"], text=row["instruction"], prompt=row.get("prompt", ""),
-                reference=references)
-    return common.check_item(item, {name: common.ITEM[name] for name in item})
 
 
 if __name__ == "__main__":

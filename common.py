@@ -6,8 +6,10 @@ pi_theta the SpeechLM, pi_T the teacher, pi_ref the SpeechLM after warm-up. Mark
 [summary] a third party's summary says so, [ours] we chose.
 """
 import argparse
+import ast
 import contextlib
 import copy
+import csv
 import ctypes
 import fcntl
 import functools
@@ -313,6 +315,135 @@ def read_items(work, split):
         raise UserError(f"{path}: no item" + (f" of the task {lacking[0]}" if lacking and items else "") + "; run 01_synthesize.py "
                         f"in another --work with a larger --n-{split.split('_')[0]}")
     return items
+
+
+# ---- public evaluation sets, as they are published; nothing is downloaded
+REQUESTS = {"instruct": "", "sqa": "Answer in one short sentence.", "s2tt": "Translate what I said into {language}."}   # p
+LANGUAGES = dict(ar="Arabic", ca="Catalan", cs="Czech", cy="Welsh", de="German", en="English", es="Spanish", et="Estonian", fa="Persian",
+                 fr="French", hi="Hindi", id="Indonesian", it="Italian", ja="Japanese", ko="Korean", lv="Latvian", mn="Mongolian",
+                 nl="Dutch", pl="Polish", pt="Portuguese", ro="Romanian", ru="Russian", sl="Slovenian", sv="Swedish", ta="Tamil",
+                 tr="Turkish", vi="Vietnamese", zh="Chinese", cmn="Chinese")
+
+
+def _table(path, delimiter, **options):
+    """Rows of a table with a header; utf-8, any line ends; a cell that is missing is empty."""
+    with open(path, encoding="utf-8-sig", newline="" if delimiter == "," else None) as file:
+        for row in csv.DictReader(file, delimiter=delimiter, **options):
+            yield {name: (value or "").strip() for name, value in row.items() if name}
+
+
+def _llama_questions(path):
+    """DIR of google-research-datasets/LLAMA1-Test-Set: llama_questions_300.tsv, recordings beside it."""
+    source = path / "llama_questions_300.tsv"
+    return source, path, [dict(id=row["Wav Filename"], task="sqa", audio=row["Wav Filename"], text=row["Questions"], reference=[row["Answer"]])
+                          for row in _table(source, "\t", quoting=csv.QUOTE_NONE)]
+
+
+def _openaudiobench(path):
+    """DIR/eval_datas/SUBSET of OpenAudioBench: SUBSET.csv, audios/; several answers are a Python list."""
+    question, answer = {"llama_questions": ("Questions", "Answer"), "web_questions": ("question", "answers"),
+                        "trivia_qa": ("question", "answer_normalized_aliases"), "alpaca_eval": ("instruction", "output")}[path.name]
+    items, source = [], path / f"{path.name}.csv"
+    for row in _table(source, ","):
+        references = ast.literal_eval(row[answer]) if row[answer].startswith("[") else [row[answer]]
+        items.append(dict(id=row["audio_filename"], audio=f"audios/{row['audio_filename']}", text=row[question], reference=references,
+                          task="instruct" if path.name == "alpaca_eval" else "sqa"))
+    return source, path, items
+
+
+def _voicebench(path):
+    """JSONL of audio, prompt and, unless a judge is to compare, reference."""
+    items = []
+    for i, row in enumerate(read_jsonl(path)):
+        references = row.get("reference") or []
+        items.append(dict(id=str(row.get("id", f"{i:05d}")), task="sqa" if references else "instruct", audio=row.get("audio"), text=row.get("prompt"),
+                          reference=[references] if isinstance(references, str) else references))
+    return path, path.parent, items
+
+
+def _covost2(path):
+    """covost_v2.SRC_TGT.SPLIT.tsv; the recordings of Common Voice in clips/ beside it."""
+    language = LANGUAGES[path.name.split(".")[1].split("_")[1].partition("-")[0]]
+    rows = _table(path, "\t", quoting=csv.QUOTE_NONE, escapechar="\\")
+    return path, path.parent, [dict(id=row["path"], task="s2tt", language=language, audio=f"clips/{row['path']}", text=row["sentence"],
+                                    reference=[row["translation"]]) for row in rows]
+
+
+def _mustc(path):
+    """DIR/en-TGT/data/SPLIT of MuST-C: txt/SPLIT.yaml (places in long recordings), line by line with txt/SPLIT.en and .TGT; wav/."""
+    import yaml
+    source, target = path / "txt" / f"{path.name}.yaml", path.parents[1].name.partition("-")[2]
+    places = yaml.safe_load(source.read_text(encoding="utf-8"))
+    texts, translations = (source.with_suffix(f".{language}").read_text(encoding="utf-8").rstrip("\n").split("\n") for language in ("en", target))
+    if not len(places) == len(texts) == len(translations):
+        raise ValueError(f"{len(places)} places, {len(texts)} and {len(translations)} lines of text")
+    return source, path, [dict(id=f"{place['wav']}@{place['offset']}", task="s2tt", language=LANGUAGES[target], audio=f"wav/{place['wav']}",
+                               offset=float(place["offset"]), duration=float(place["duration"]), text=text, reference=[translation])
+                          for place, text, translation in zip(places, texts, translations)]
+
+
+def _fleurs(path):
+    """DIR/SRC/SPLIT.tsv:TGT of FLEURS, without header; joined with DIR/TGT/SPLIT.tsv by id, which several speakers share."""
+    source, _, target = str(path).rpartition(":")
+    source = Path(source)
+    columns = ("id", "file_name", "raw", "text", "characters", "num_samples", "gender")
+    own, other = ([*_table(p, "\t", fieldnames=columns, quoting=csv.QUOTE_NONE)] for p in (source, source.parents[1] / target / source.name))
+    translations = {row["id"]: row["raw"] for row in other}
+    folder = next((f for f in (f"audio/{source.stem}", source.stem) if (source.parent / f).is_dir()), "audio")
+    return source, source.parent, [dict(id=f"{row['id']}-{row['file_name']}", task="s2tt", language=LANGUAGES[target.partition("_")[0]],
+                                        audio=f"{folder}/{row['file_name']}", text=row["raw"], reference=[translations.get(row["id"], "")])
+                                   for row in own]
+
+
+def _own(path):
+    """JSONL of id, audio (relative to the file), task, instruction, reference (a string or a list); or a split of 01's."""
+    def item(row):
+        references = [row["reference"]] if isinstance(row.get("reference"), str) else row.get("reference")
+        if not references:
+            raise ValueError("has no reference")
+        row = {"instruction": row.get("text"), "prompt": ""} | row
+        check_fields(row, dict(id=str, audio=str, task=str, instruction=str, prompt=str))
+        row = {name: row[name] for name in ("id", "audio", "task", "prompt", "language") if name in row} | dict(
+            text=row["instruction"], reference=references)
+        return check_item(row, {})
+    return path, path.parent, read_jsonl(path, item)
+
+
+READERS = {"llama_questions": _llama_questions, "openaudiobench": _openaudiobench, "voicebench": _voicebench, "covost2": _covost2,
+           "mustc": _mustc, "fleurs": _fleurs}
+
+
+def read_set(spec, language):
+    """--data: FILE.jsonl or KIND:PATH -> (its file, the folder of its audio, items, {id: why it can't be used}).
+
+    What is missing or broken stays an item, so that the denominator never shrinks; UserError where nothing can be used.
+    """
+    kind, colon, path = spec.partition(":")
+    kind, path = (kind, Path(path)) if colon and kind in READERS else ("", Path(spec))
+    try:
+        source, folder, items = READERS.get(kind, _own)(path)
+    except UserError:
+        raise
+    except Exception as error:                            # csv, yaml and literals have errors of their own
+        raise UserError(f"--data {spec}: cannot be read as published ({type(error).__name__}: {str(error)[:100]}); give FILE.jsonl or one of "
+                        + ", ".join(f"{name}:PATH" for name in READERS) + ", whose layouts the README shows") from None
+    seen, broken = Counter(), {}
+    for item in tqdm(items, desc=f"read {source.name}", unit="item", leave=False):
+        seen[item["id"]] += 1
+        item["id"] += f"#{seen[item['id']]}" * (seen[item["id"]] > 1)
+        item["language"] = item.get("language", language)
+        item["prompt"] = item.get("prompt", REQUESTS[item["task"]].format(language=item["language"]))
+        item["reference"] = [str(text).strip() for text in item["reference"]]
+        try:
+            judged = item["task"] == "instruct" and not item["reference"]   # by comparison alone
+            check_item(item | ({"reference": [item["text"]]} if judged else {}), dict(id=str, text=str, audio=str))
+            item_wave(folder, item)
+        except (ValueError, UserError) as error:
+            broken[item["id"]] = str(error)
+    if len(broken) == len(items):
+        raise UserError(f"--data {spec}: " + (f"none of the {len(items)} items can be used; the first: {next(iter(broken.values()))}"
+                                              if items else "holds no items"))
+    return source, folder, items, broken
 
 
 def fingerprint(path):
@@ -699,9 +830,34 @@ class Embedder:
         return torch.cat(out)
 
 
+class RewardModel:
+    """A sequence-classification reward model with its own chat template, reading the gold text: reward `rm` of 03 [summary], judge of 04."""
+
+    def __init__(self, name, device):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        if name == "none":
+            raise UserError("the rm reward needs a reward model; this preset names none: use --preset paper, or other rewards")
+        with loading(name, "reward model") as path:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype=native_dtype(), num_labels=1)
+        self.model.to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, items, answers):
+        scores = []
+        for item, answer in zip(items, answers):
+            said = item["text"] + (f"\n{item['prompt']}" if item["prompt"] else "")
+            ids = self.tokenizer.apply_chat_template([{"role": "user", "content": said},
+                                                      {"role": "assistant", "content": answer}], return_tensors="pt",
+                                                     return_dict=True).to(self.model.device)
+            scores.append(float(self.model(**ids).logits[0, 0]))
+        return scores
+
+
 # ---------------------------------------------------------------------------------------------------- audio
-def read_audio(path, max_seconds=30.0):
-    """Any rate, mono or stereo, wav/flac/ogg/mp3 -> (samples,) float32 at 16 kHz, DC removed.
+def read_audio(path, max_seconds=30.0, offset=0.0, duration=None):
+    """Any rate, mono or stereo, wav/flac/ogg/mp3 -> (samples,) float32 at 16 kHz, DC removed; of a long recording the `duration`
+    seconds after `offset`.
 
     Raises UserError for what can't be understood as speech: missing, undecodable, empty, too long, NaN, silent.
     """
@@ -712,7 +868,9 @@ def read_audio(path, max_seconds=30.0):
             rate = file.samplerate
             if not 1000 <= rate <= 384_000:
                 raise UserError(f"{path}: a sample rate of {rate} Hz; 1 to 384 kHz can be read")
-            wave = file.read(int(max_seconds * rate) + 1, dtype="float32", always_2d=True)   # a header may not know the length
+            file.seek(round(offset * rate))
+            longest = int(max_seconds * rate) + 1         # a header may not know the length
+            wave = file.read(min(longest, longest if duration is None else round(duration * rate)), dtype="float32", always_2d=True)
         if len(wave) > max_seconds * rate:
             raise UserError(f"{path}: longer than {max_seconds:g} s, which is all that can be read; cut it")
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
@@ -734,26 +892,98 @@ def at_snr(wave, noise, snr):
     return wave + gain * noise
 
 
-CONDITIONS = {"clean": (0, 0), "noise": (-30, 60), "babble": (-30, 60), "reverb": (0.01, 10), "band": (50, 7900)}
+# ---- acoustic conditions: pure functions of (wave (samples,), amount, generator, others) -> (samples',)
+def white_noise(wave, snr, generator, _):
+    return at_snr(wave, torch.randn(len(wave), generator=generator), snr)
+
+
+def babble(wave, snr, generator, others):
+    """The sum of the waves in `others`, equally loud, each started at a random point and repeated."""
+    total = torch.zeros(len(wave))
+    for other in others:
+        start = int(torch.randint(len(other), (1,), generator=generator))
+        total += other.roll(-start).repeat(1 + len(wave) // len(other))[:len(wave)] / other.std().clamp(min=1e-6)
+    return at_snr(wave, total, snr)
+
+
+def reverb(wave, rt60, generator, _):
+    """Exponentially decaying noise after the direct sound, -60 dB at RT60 seconds."""
+    t = torch.arange(int(rt60 * RATE)) / RATE
+    response = torch.randn(len(t), generator=generator) * torch.exp(-math.log(1000) * t / rt60) * 0.1
+    response[0] = 1.0
+    return torchaudio.functional.fftconvolve(wave, response)[:len(wave)]
+
+
+def speed(wave, factor, *_):
+    """`factor` times as fast at the same pitch (phase vocoder)."""
+    window, hop = torch.hann_window(512), 128
+    spectrum = torch.stft(wave, 512, hop, window=window, return_complex=True)              # (257, T)
+    advance = torch.linspace(0, math.pi * hop, 257)[:, None]                               # of a bin's phase in one hop
+    stretched = torchaudio.functional.phase_vocoder(spectrum, factor, advance)
+    return torch.istft(stretched, 512, hop, window=window, length=round(len(wave) / factor))
+
+
+def band_limit(wave, hertz, *_):
+    return torchaudio.functional.lowpass_biquad(wave, RATE, hertz)
+
+
+def packet_loss(wave, percent, generator, _):
+    """That share of the 20 ms frames is silence."""
+    frames = torch.arange(len(wave)) // (RATE // 50)
+    count = int(frames[-1]) + 1
+    lost = torch.randperm(count, generator=generator)[:round(count * percent / 100)]
+    return wave.masked_fill(torch.isin(frames, lost), 0.0)
+
+
+def disfluency(wave, count, generator, _):
+    """`count` events at quiet places: a pause, a filler (a vowel of the speaker's own, held) or a restart (the last syllables once
+    more), 0.3 to 0.7 s each; what is shorter than half a second has no room for one."""
+    frame, n = RATE // 50, len(wave) * 50 // RATE
+    if n < 25:
+        return wave
+    energy = wave[:n * frame].view(n, frame).square().mean(1)                              # (n,)
+    inner = torch.arange(n // 20, n - n // 20)
+    quiet = inner[energy[inner].argsort()[:max(int(count), n // 5)]]
+    places = quiet[torch.randperm(len(quiet), generator=generator)[:int(count)]].sort().values * frame
+    loudest = int(energy[3:-3].argmax() + 3) * frame
+    vowel = wave[loudest - 800:loudest + 800] * torch.hann_window(1600)                    # 0.1 s
+    likeness = torch.fft.irfft(torch.fft.rfft(vowel, 4096).abs().square())[40:320]         # autocorrelation at 50 to 400 Hz
+    period = 40 + int(likeness.argmax())
+    hop, pieces, last = period * max(1, round(400 / period)), [], 0
+    for place in places.tolist():
+        kind, length = torch.rand(2, generator=generator).tolist()
+        length = int((0.3 + 0.4 * length) * RATE)
+        event = torch.zeros(length)
+        if kind > 2 / 3:                                  # restart
+            event[length // 4:] = wave[:place][-(length - length // 4):] if place >= length else 0.0
+        elif kind > 1 / 3:                                # filler
+            for at in range(0, length - 1600, hop):
+                event[at:at + 1600] += vowel * (hop / 800)
+        pieces += [wave[last:place], event]
+        last = place
+    return torch.cat([*pieces, wave[last:]])
+
+
+CONDITIONS = {"noise": (white_noise, -30, 60, "DB"), "babble": (babble, -30, 60, "DB"), "reverb": (reverb, 0.01, 10, "SECONDS"),
+              "speed": (speed, 0.25, 4, "FACTOR"), "band": (band_limit, 50, 7900, "HZ"), "loss": (packet_loss, 0, 90, "PERCENT"),
+              "disfluency": (disfluency, 1, 20, "EVENTS")}
 
 
 def parse_condition(condition):
-    """"noise:5" -> ("noise", 5.0); UserError for another kind or an amount out of range."""
+    """"noise:5" -> ("noise", 5.0), "clean" -> ("clean", 0.0); UserError for another kind or an amount out of range."""
     kind, _, amount = condition.partition(":")
     with contextlib.suppress(KeyError, ValueError):
-        low, high = CONDITIONS[kind]
-        if low <= (value := float(amount or (0 if kind == "clean" else "nan"))) <= high:
-            return kind, value
-    raise UserError(f"condition {condition}: not clean, noise:DB or babble:DB (-30 to 60), reverb:SECONDS (0.01 to 10) or band:HZ "
-                    "(50 to 7900)")
+        if condition == "clean" or CONDITIONS[kind][1] <= float(amount) <= CONDITIONS[kind][2]:
+            return kind, float(amount or 0)
+    known = ", ".join(f"{name}:{unit} ({low:g} to {high:g})" for name, (_, low, high, unit) in CONDITIONS.items())
+    raise UserError(f"condition {condition}: not clean, {known}")
 
 
 def perturb(wave, condition, seed, others=()):
     """One acoustic condition, a pure function of its arguments, computed by one thread, as the order of sums depends on their
     number; peak at most 1.
 
-    wave (samples,) at 16 kHz; condition "clean", "noise:SNR_DB", "reverb:RT60_SECONDS", "band:HERTZ" or
-    "babble:SNR_DB" (the sum of the waves in `others`, started at random points); seed an int.
+    wave (samples,) at 16 kHz; condition "clean" or "KIND:AMOUNT", one of CONDITIONS; seed an int; `others`: waves to babble.
     """
     kind, amount = parse_condition(condition)
     if kind == "clean":
@@ -761,27 +991,10 @@ def perturb(wave, condition, seed, others=()):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        out = _disturb(wave, kind, amount, torch.Generator().manual_seed(seed), others)
+        out = CONDITIONS[kind][0](wave, amount, torch.Generator().manual_seed(seed), others)
     finally:
         torch.set_num_threads(threads)
     return out / out.abs().max().clamp(min=1.0)
-
-
-def _disturb(wave, kind, amount, generator, others):
-    if kind == "noise":
-        return at_snr(wave, torch.randn(len(wave), generator=generator), amount)
-    if kind == "reverb":                                  # exponentially decaying noise, -60 dB at RT60
-        t = torch.arange(int(amount * RATE)) / RATE
-        response = torch.randn(len(t), generator=generator) * torch.exp(-math.log(1000) * t / amount) * 0.1
-        response[0] = 1.0
-        return torchaudio.functional.fftconvolve(wave, response)[:len(wave)]
-    if kind == "band":
-        return torchaudio.functional.lowpass_biquad(wave, RATE, amount)
-    babble = torch.zeros(len(wave))
-    for other in others:
-        start = int(torch.randint(len(other), (1,), generator=generator))
-        babble += other.roll(-start).repeat(1 + len(wave) // len(other))[:len(wave)] / other.std().clamp(min=1e-6)
-    return at_snr(wave, babble, amount)
 
 
 def parse_voices(spec):
@@ -1039,7 +1252,7 @@ def item_wave(folder, item, max_seconds=30.0):
     if not path.is_relative_to(folder.resolve()):
         raise UserError(f"item {item['id']}: audio path {item['audio']} leaves {folder}; put the file below it")
     try:
-        wave = read_audio(path, max_seconds)
+        wave = read_audio(path, max_seconds, item.get("offset", 0.0), item.get("duration"))
     except UserError as error:
         raise UserError(f"item {item['id']}: {error}") from None
     if abs(len(wave) / RATE - item.get("seconds", len(wave) / RATE)) > 0.05:
@@ -1055,29 +1268,31 @@ def condition_wave(folder, items, i, condition="clean", max_seconds=30.0):
     return perturb(wave, condition, derive_seed(items[i]["id"], condition), others)
 
 
-def listen_to_split(model, work, source, items, condition="clean", window=30.0, rank=0, world=1):
-    """`listen` for the items of a JSONL file `source`: done once, in parts shared among the processes, and kept in
-    work/heard/ until data, models or condition change."""
-    folder, size = work / "heard" / f"{source.stem}.{condition.replace(':', '-')}", 64
-    key = f"{fingerprint(source)} {model.config['whisper']} {model.config['student']} {condition} {window}"
-    files = [source.parent / item["audio"] for item in items]
+def listen_to_split(model, work, source, items, condition="clean", window=30.0, rank=0, world=1, folder=None):
+    """`listen` for the items of a file `source`, whose audio lies in `folder` (default: beside it): done once, in parts shared among
+    the processes, and kept in work/heard/ until data, models or condition change."""
+    audio = folder or source.parent
+    held, size = work / "heard" / f"{source.stem}.{condition.replace(':', '-')}", 64
+    room = 30.0 if condition.startswith(("speed", "disfluency")) else window               # these make the speech longer
+    key = f"{fingerprint(source)} {model.config['whisper']} {model.config['student']} {condition} {room}"
+    files = [audio / item["audio"] for item in items]
     stats = [(f.stat().st_size, f.stat().st_mtime_ns) if f.is_file() else None for f in files]   # None: an error below
     key += f" {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
-    parts = [(folder / f"{part:04d}.pt", range(at, min(at + size, len(items)))) for part, at in enumerate(range(0, len(items), size))]
+    parts = [(held / f"{part:04d}.pt", range(at, min(at + size, len(items)))) for part, at in enumerate(range(0, len(items), size))]
     with tqdm(total=len(items), desc=f"listen to {source.stem} {condition}", unit="utt", leave=False, disable=rank > 0) as bar:
         for part, (path, chosen) in enumerate(parts):
             if part % world == rank and not (path.exists() and load_checkpoint(path, "rba-heard-1")["key"] == key):
                 rows = []
                 for at in range(0, len(chosen), 16):
-                    rows += model.listen([condition_wave(source.parent, items, i, condition, window) for i in chosen[at:at + 16]], window)
+                    rows += model.listen([condition_wave(audio, items, i, condition, window) for i in chosen[at:at + 16]], room)
                     bar.set_postfix(part=f"{at}/{len(chosen)}")
                 write_torch(path, {"format": "rba-heard-1", "key": key, "heard": rows})
             bar.update(len(chosen))
     barrier()
-    held = [load_checkpoint(path, "rba-heard-1") for path, _ in parts]
-    if any(part["key"] != key for part in held):
-        raise UserError(f"{folder}: another run hears the same items with other settings; let one end before the other starts")
-    return [row for part in held for row in part["heard"]]
+    kept = [load_checkpoint(path, "rba-heard-1") for path, _ in parts]
+    if any(part["key"] != key for part in kept):
+        raise UserError(f"{held}: another run hears the same items with other settings; let one end before the other starts")
+    return [row for part in kept for row in part["heard"]]
 
 
 # ------------------------------------------------------------------------------- log-probabilities and sampling
@@ -1409,14 +1624,27 @@ def load_resume(path, model, optimizer, log):
     return step, best, [row.get("grad_norm") is None for row in rows]
 
 
-def bootstrap(statistics, aggregate=lambda sums, n: sums[..., 0] / n, resamples=2000, seed=0):
+def pyplot():
+    """matplotlib's, drawing to files alone."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+@functools.lru_cache(8)
+def draws(n, resamples, seed):
+    """How often each of n items is drawn in each resample, (resamples, n): the same for all that is compared."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+
+
+def bootstrap(statistics, aggregate=lambda sums, n: sums[..., 0] / n, resamples=10_000, seed=0):
     """Percentile bootstrap over items, paired when columns hold several systems' statistics.
 
     statistics (N, C) per item; aggregate(sums (..., C), N) -> (...). Returns (value, low, high) of the 95 % interval.
     """
     statistics = np.asarray(statistics, float)
     n = len(statistics)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # how often each item is drawn
-    values = aggregate(counts @ statistics, n)
+    values = aggregate(draws(n, resamples, seed) @ statistics, n)
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(aggregate(statistics.sum(0), n)), float(low), float(high)

@@ -141,11 +141,28 @@ def test_containment_is_by_words_and_f1_by_hand():
 def test_corpus_scores_are_sacrebleus_own():
     answers = ["le chat est sur la table", "bonjour tout le monde", "je suis ici"]
     references = [["le chat est sur le tapis"], ["bonjour le monde"], ["je suis là"]]
-    for metric, function in ((sacrebleu.BLEU(), sacrebleu.corpus_bleu), (sacrebleu.CHRF(), sacrebleu.corpus_chrf)):
+    answers, references = answers + ["zut", "", "rien du tout ici"], references + [["à demain"], ["un mot"], ["tout ici rien du"]]
+    for metric, score, function in ((sacrebleu.BLEU(), evaluate.bleu, sacrebleu.corpus_bleu), (sacrebleu.CHRF(), evaluate.chrf, sacrebleu.corpus_chrf)):
         statistics = evaluate.corpus_statistics(metric, answers, references)
-        value, low, high = common.bootstrap(statistics, evaluate.corpus_score(metric), resamples=50)
+        value, low, high = common.bootstrap(statistics, score, resamples=50)
         assert value == pytest.approx(function(answers, [[r[0] for r in references]]).score)
         assert low <= value <= high
+        draws = np.random.default_rng(0).multinomial(6, [1 / 6] * 6, size=300)
+        draws = np.concatenate([draws, np.eye(6, dtype=int), 2 * np.eye(6, dtype=int)])       # single items too: no match of some order
+        got = score(draws @ statistics, 6)
+        for counts, own in zip(draws, got):
+            rows = [i for i, times in enumerate(counts) for _ in range(times)]
+            expected = function([answers[i] for i in rows], [[references[i][0] for i in rows]]).score
+            assert own == pytest.approx(expected, abs=1e-9)
+
+
+def test_bootstrap_of_a_thousand_items_and_six_systems_is_one_matrix_product():
+    statistics = np.random.default_rng(0).normal(0, 1, (1000, 6))
+    counts = np.random.default_rng(5).multinomial(1000, np.full(1000, 1 / 1000), size=10_000)
+    for system in range(6):
+        _, low, high = common.bootstrap(statistics[:, system:system + 1], seed=5)
+        by_hand = np.percentile([row @ statistics[:, system] / 1000 for row in counts[:500]], [2.5, 97.5])
+        assert (low, high) == pytest.approx(by_hand, abs=0.02) and high - low == pytest.approx(2 * 1.96 / 1000 ** 0.5, rel=0.1)
 
 
 def test_bootstrap_covers_the_truth_about_95_times_in_100():
@@ -176,7 +193,7 @@ def test_seeds_of_a_system_are_one_row_with_their_mean():
     corpora = [evaluate.corpus_statistics(metric, [" ".join(generator.permutation(a.split())) for a in answers], [[a] for a in answers])
                for _ in range(3)]
     measured = {"clean": {"sft": [{("sqa", "accuracy"): (base[:, None], evaluate.mean)}],
-                          "rba": [{("sqa", "accuracy"): (own[:, None], evaluate.mean), ("s2tt", "chrF"): (corpus, evaluate.corpus_score(metric))}
+                          "rba": [{("sqa", "accuracy"): (own[:, None], evaluate.mean), ("s2tt", "chrF"): (corpus, evaluate.chrf)}
                                   for own, corpus in zip(seeds, corpora)]}}
     rows = {(row["system"], row["metric"]): row for row in evaluate.compare(measured)}
     row = rows["rba", "accuracy"]
@@ -184,7 +201,7 @@ def test_seeds_of_a_system_are_one_row_with_their_mean():
     assert row["difference"] == pytest.approx(seeds.mean() - base.mean())
     _, low, high = common.bootstrap((seeds.mean(0) - base)[:, None])
     assert (row["difference_low"], row["difference_high"]) == pytest.approx((low, high))
-    own = [float(evaluate.corpus_score(metric)(corpus.sum(0), 4)) for corpus in corpora]
+    own = [float(evaluate.chrf(corpus.sum(0), 4)) for corpus in corpora]
     assert rows["rba", "chrF"]["seeds"] == pytest.approx(own) and rows["rba", "chrF"]["value"] == pytest.approx(np.mean(own))
     assert evaluate.without_seed("rba+opd-s12") == "rba+opd" and evaluate.without_seed("sft-seed") == "sft-seed"
 

@@ -135,10 +135,40 @@ def test_conditions_do_what_they_say(waves):
     hertz = torch.fft.rfftfreq(len(wave), 1 / common.RATE)
     assert spectrum[(hertz > 300) & (hertz < 1000)].median() > 0.9 and spectrum[hertz > 6000].median() < 0.2
     assert torch.equal(common.perturb(wave, "clean", 0), wave)
-    for condition in ("noise:10", "reverb:0.3", "band:3000", "babble:5"):
+    for condition in ("noise:10", "reverb:0.3", "band:3000", "babble:5", "speed:1.5", "loss:10", "disfluency:2"):
         a, b = (common.perturb(wave, condition, 7, waves) for _ in range(2))
-        assert torch.equal(a, b) and len(a) == len(wave) and a.abs().max() <= 1
-    assert not torch.equal(common.perturb(wave, "noise:10", 7), common.perturb(wave, "noise:10", 8))
+        assert torch.equal(a, b) and a.abs().max() <= 1 and (len(a) == len(wave) or condition[0] in "sd"), condition
+        assert condition[0] in "sb" or not torch.equal(a, common.perturb(wave, condition, 8, waves)), condition
+    mixed = common.babble(wave, 5.0, torch.Generator().manual_seed(3), waves) - wave
+    assert 10 * math.log10(wave.square().mean() / mixed.square().mean()) == pytest.approx(5, abs=0.01)
+
+
+def test_speed_keeps_the_pitch_and_loss_its_share(waves):
+    t = torch.arange(2 * common.RATE) / common.RATE
+    tone = 0.5 * torch.sin(2 * math.pi * 440 * t)
+    for factor in (0.75, 1.25, 1.5):
+        out = common.perturb(tone, f"speed:{factor}", 0)
+        assert len(out) == round(len(tone) / factor)
+        assert int(torch.fft.rfft(out).abs().argmax()) * common.RATE / len(out) == pytest.approx(440, abs=2)
+    wave = waves[1][:len(waves[1]) // 320 * 320] + 1e-3
+    for percent in (5, 10, 20):
+        lost = (common.perturb(wave, f"loss:{percent}", 0).view(-1, 320) == 0).all(1)
+        assert int(lost.sum()) == round(len(lost) * percent / 100)
+        assert torch.equal(common.perturb(wave, f"loss:{percent}", 0).view(-1, 320)[~lost], wave.view(-1, 320)[~lost])
+
+
+def test_disfluency_inserts_and_keeps_every_sample(waves):
+    wave, kinds = waves[1] + 1e-4 * torch.arange(len(waves[1])) / len(waves[1]), set()
+    for seed in range(6):
+        out = common.disfluency(wave, 2, torch.Generator().manual_seed(seed), ())
+        assert 0.6 <= (len(out) - len(wave)) / common.RATE <= 1.4
+        samples = iter(out.tolist())
+        assert all(any(sample == kept for sample in samples) for kept in wave.tolist())   # a subsequence, in order
+        silent = torch.nn.functional.max_pool1d(out.abs()[None], 4000, 1)[0].amin() == 0  # a quarter of a second
+        kinds.add(bool(silent))
+    assert kinds == {True, False}
+    [clean, held] = common.listen(common.load_whisper("whisper-tiny.en"), [waves[0], common.perturb(waves[0], "disfluency:1", 1)])
+    assert "France" in clean["text"] and "France" in held["text"]
 
 
 @pytest.mark.parametrize("suffix, rate, channels", [("wav", 8000, 1), ("wav", 44100, 2), ("flac", 48000, 2), ("ogg", 16000, 1), ("mp3", 22050, 1)])

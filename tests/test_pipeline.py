@@ -56,7 +56,7 @@ def test_the_evaluation(work, tmp_path):
     unheard = [i for i in common.read_items(work, "test_all") if i["voice"] in common.PRESETS["tiny"]["unheard_voices"]]
     assert sum(r["n"] for (c, s, _, m), r in rows.items() if (c, s, m) == ("clean, unheard voices", "rba", "tokens")) == len(unheard) > 0
     text = (work / "results.md").read_text()
-    assert "†" in text and "separable" in text and text.strip().splitlines()[-1] in (work / "stdout.txt").read_text()
+    assert "†" in text and "excludes 0" in text and text.strip().splitlines()[-1] in (work / "stdout.txt").read_text()
     assert (work / "results.png").stat().st_size > 5000
     (tmp_path / "again.json").write_text((work / "results.json").read_text())
     stage("04_evaluate").draw(tmp_path / "again.json")       # --draw
