@@ -41,8 +41,8 @@ from tqdm import tqdm
 FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
          "conditions": dict(help="comma-separated acoustic conditions, clean first, e.g. clean,noise:5,reverb:0.6,speed:1.5; all: three "
                                  "severities of each of the seven kinds"),
-         "data": dict(help="items to use instead of DIR/data/test_all.jsonl: JSONL with id, audio, task, instruction, reference, or "
-                           "another split of 01's"),
+         "data": dict(metavar="FILE|KIND:PATH", help="items to use instead of DIR/data/test_all.jsonl: FILE.jsonl with id, audio, task, "
+                      f"instruction, reference, another split of 01's, or a public set, KIND one of {', '.join(common.READERS)} (README)"),
          "draw": dict(metavar="FILE", help="a results.json: write its table and plot beside it"),
          "judge": dict(metavar="URL|MODEL", help="who compares instruct answers with sft's: an OpenAI-compatible URL (http://HOST:PORT/v1, "
                                                 "or …/v1#MODEL), or a reward model"),
@@ -160,7 +160,8 @@ class ServedJudge:
         """1 where `first` is better, 0 where `second` is, 0.5 where the reply names neither."""
         question = QUESTION.format(text=item["text"] + (f"\n{item['prompt']}" if item["prompt"] else ""), a=first, b=second)
         reply = self._call("chat/completions", model=self.model, messages=[dict(role="user", content=question)], temperature=0, max_tokens=8)
-        letter = re.search(r"\b([AB])\b", str(reply["choices"][0]["message"]["content"]))
+        said = str(reply["choices"][0]["message"]["content"])
+        letter = re.search(r"\b([AB])\W*$", said) or re.match(r"\W*([AB])\b", said)
         return {"A": 1.0, "B": 0.0}[letter[1]] if letter else 0.5
 
     def __call__(self, items, answers, others):
@@ -546,6 +547,7 @@ def main():
     rank, world, device = common.setup_processes()
     if rank == 0:
         common.claim(args.work / "results.json")
+        judge = args.judge and (ServedJudge(args.judge) if re.match("https?://", args.judge) else RewardJudge(args.judge, device))
     if args.data:
         source, folder, items, broken = common.read_set(args.data, args.language)
     else:
@@ -592,9 +594,6 @@ def main():
     if rank:
         return
     # ---- metrics, intervals, table, plot; once more for the items in voices that train does not have
-    judge = None
-    if args.judge:
-        judge = ServedJudge(args.judge) if re.match("https?://", args.judge) else RewardJudge(args.judge, device)
     everything = range(len(items))
     held = {(condition, system): read_answers(answers_path(args.work, source, system, condition)) for condition, system in work}
     unheard = common.parse_voices(args.unheard_voices)

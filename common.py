@@ -433,7 +433,7 @@ def read_set(spec, language):
         item["id"] += f"#{seen[item['id']]}" * (seen[item["id"]] > 1)
         item["language"] = item.get("language", language)
         item["prompt"] = item.get("prompt", REQUESTS[item["task"]].format(language=item["language"]))
-        item["reference"] = [str(text).strip() for text in item["reference"]]
+        item["reference"] = [str(text).strip() for text in item["reference"]] or [""] * (item["task"] != "instruct")
         try:
             judged = item["task"] == "instruct" and not item["reference"]   # by comparison alone
             check_item(item | ({"reference": [item["text"]]} if judged else {}), dict(id=str, text=str, audio=str))

@@ -36,8 +36,8 @@ def openaudiobench(folder, waves):
     record(folder / "audios" / "b.wav", waves[3])
     (folder / "trivia_qa.csv").write_text('question,answer_normalized_aliases,audio_filename\n'
                                           f'"{FRANCE}","[\'paris\', ""paris\'s city""]",a.wav\n"{MOON}\n","[\'neil, armstrong\']",b.wav\n'
-                                          'What is it?,"[\'it\']",c.wav\n')
-    return f"openaudiobench:{folder}", [("sqa", FRANCE, ["paris", "paris's city"]), ("sqa", MOON, ["neil, armstrong"])], ["c.wav"]
+                                          'What is it?,"[\'it\']",c.wav\nNobody knows?,[],a.wav\n')
+    return f"openaudiobench:{folder}", [("sqa", FRANCE, ["paris", "paris's city"]), ("sqa", MOON, ["neil, armstrong"])], ["c.wav", "a.wav#2"]
 
 
 def alpaca_eval(folder, waves):
@@ -187,7 +187,7 @@ def served():
             text = question["messages"][0]["content"]
             asked.append((question["model"], text))
             a, b = text.partition("Answer A: ")[2].split("\n\nAnswer B: ")
-            self.reply({"choices": [{"message": {"content": "B is better." if len(b) > len(a) else "Answer: A"}}]})
+            self.reply({"choices": [{"message": {"content": "A worse one than B." if len(b) > len(a) else "A, I think."}}]})
 
         def log_message(self, *_):
             pass

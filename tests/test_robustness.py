@@ -251,7 +251,7 @@ def other_tokens(work):
 def reward(values):
     """Damage: a reward model that gives these values, however many answers it gets. A stub: the failure must be forced."""
     def damage(work):
-        stage("03_rba_rl").RewardModel = lambda name, device: lambda items, answers: values
+        common.RewardModel = lambda name, device: lambda items, answers: values
     return damage
 
 
@@ -391,6 +391,11 @@ BAD = {
     "own data without reference": (EVAL, ["--data", "mine.jsonl"], own_data({k: OWN[k] for k in OWN if k != "reference"}), "has no reference"),
     "own data without audio": (EVAL, ["--data", "mine.jsonl"], own_data(OWN), "no such file"),
     "own data of another type": (EVAL, ["--data", "mine.jsonl"], own_data(OWN | {"id": 3}), "the field id is 3"),
+    "no such set": (EVAL, ["--data", "mustc:data"], nothing, "--data mustc:data: cannot be read as published"),
+    "judge not served": (EVAL, ["--judge", "http://127.0.0.1:9/v1"], nothing, "no answer from models"),
+    "judge that is no model": (EVAL, ["--judge", "data"], nothing, "data: no reward model can be loaded"),
+    "targets without a set": (WARM, ["--targets", "teacher"], nothing, "with --data alone"),
+    "a set without a name": (WARM, ["--data", "mine.jsonl"], own_data(OWN), "--data needs --objective and --out"),
     "no network": (EVAL, ["--ask", "data/audio"], no_network, "no such file"),
     "no network at first use": ("01_synthesize.py", ["--work", "new"], no_network, "pip could not download"),
     "damaged model cache": (RL, RL1, damaged_cache, "which is damaged"),
@@ -404,7 +409,7 @@ def test_bad_input_is_one_line(name, copy, model, monkeypatch, capsys):
     monkeypatch.setattr(common, "PRESETS", common.PRESETS | {"tiny": common.PRESETS["tiny"] | {"max_new": 40}})
     for size, value in TEST_SIZES.items():
         monkeypatch.setattr(stage("01_synthesize"), size, value, raising=False)
-    monkeypatch.setattr(stage("03_rba_rl"), "RewardModel", stage("03_rba_rl").RewardModel)
+    monkeypatch.setattr(common, "RewardModel", common.RewardModel)
     monkeypatch.setattr(common, "SpeechLM", lambda *_: model)   # loaded once; what it is given is what fails
     monkeypatch.chdir(copy)
     with contextlib.ExitStack() as restored:
