@@ -65,18 +65,22 @@ def kd_loss(model, teacher, items, heard):
     return common.by_chunks(lambda s, t: kl_rows(teacher_head(t), head(s)), states, teacher_states).sum()
 
 
-def with_targets(model, items, targets, max_new):
+def with_targets(model, items, targets, args):
     """Items of a set, with y_T as `response`: their first reference, or the teacher's greedy answer to the words; "" where there is
     none, or it did not end by itself."""
     if targets == "reference":
         return [item | {"response": (item["reference"] or [""])[0]} for item in items]
-    answers = []
-    with torch.no_grad(), common.autocast(model.llm), model.as_text_llm() as llm:
+    answers, tokenizer, llm = [], model.tokenizer, model.llm
+    if args.teacher != args.student:
+        tokenizer, llm = common.load_llm(args.teacher)
+        llm.to(model.device)
+    end_id = common.chat_parts(tokenizer)[2]
+    with torch.no_grad(), common.autocast(llm), model.as_text_llm():
         for at in range(0, len(items), 32):
             chunk = items[at:at + 32]
-            prompts = common.text_prompts(model.tokenizer, llm, [i["text"] for i in chunk], [i["prompt"] for i in chunk])
-            answers += [reply for [reply] in common.sample(llm, prompts, model.end_id, max_new)]
-    return [item | {"response": model.tokenizer.decode(ids, skip_special_tokens=True).strip() if ended else ""}
+            prompts = common.text_prompts(tokenizer, llm, [i["text"] for i in chunk], [i["prompt"] for i in chunk])
+            answers += [reply for [reply] in common.sample(llm, prompts, end_id, args.max_new)]
+    return [item | {"response": tokenizer.decode(ids, skip_special_tokens=True).strip() if ended else ""}
             for item, (ids, ended) in zip(items, answers)]
 
 
@@ -134,7 +138,8 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
     items, heard = data["train"]
     facts = dict(objective=objective, init=common.fingerprint(init), steps=steps, batch_size=batch_size, lr=lr, seed=args.seed,
-                 data=common.fingerprint(args.source)) | ({"targets": args.targets} if args.data else {})
+                 data=common.digest([[i["id"], i["text"], i["prompt"], i["response"]] for i in items]) if args.data else
+                 common.fingerprint(args.source)) | ({"targets": args.targets, "set": args.data} if args.data else {})
     config, done = work / f"{name}.config.json", common.is_done(work / f"{name}.pt", work / f"{name}.config.json")
     parent = {} if done else model.load(init)
     if rank == 0:
@@ -239,7 +244,7 @@ def main():
         data[split] = splits[split], common.listen_to_split(model, args.work, path, splits[split], "clean", 30.0 if own else args.window,
                                                             rank, world, own)
     if args.data:
-        pairs = zip(with_targets(model, splits["train"], args.targets, args.max_new), data["train"][1])
+        pairs = zip(with_targets(model, splits["train"], args.targets, args), data["train"][1])
         data["train"] = [*zip(*(pair for pair in pairs if common.has_words(pair[0]["response"])))] or [(), ()]
         if len(data["train"][0]) < runs[0][3]["batch_size"]:
             raise UserError(f"--data {args.data}: {len(data['train'][0])} items have an answer to learn, fewer than a batch of "

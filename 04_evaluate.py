@@ -21,7 +21,7 @@ results.md, results.png.
     python 04_evaluate.py --draw FILE.json     table and plot of a results.json again
 """
 import contextlib
-import hashlib
+import http.client
 import json
 import os
 import re
@@ -52,6 +52,7 @@ UNHEARD = ", unheard voices"
 NAMES = {"wins": "% wins against sft by log π_T", "LC wins": "the same at equal lengths (not AlpacaEval's official number)",
          "judged": "% preferred to sft by the judge", "LC judged": "the same at equal lengths (not AlpacaEval's official number)", "WER": "WER of Whisper"}
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
+SHOWN = (*PRIMARY.items(), ("s2tt", "BLEU"))              # in the figures
 SEVERITIES = {"noise": (10, 5, 0), "babble": (10, 5, 0), "reverb": (0.3, 0.6, 1.0), "speed": (1.25, 1.5, 1.75),
               "band": (2833, 1666, 500), "loss": (5, 10, 20), "disfluency": (1, 2, 4)}
 TRAINED_BY = {("instruct", "semantic"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
@@ -144,24 +145,26 @@ class ServedJudge:
 
     def __init__(self, url):
         self.url, _, self.model = url.partition("#")
-        self.model = self.model or self._call("models")["data"][0]["id"]
+        self.model = self.model or self._call("models", lambda reply: reply["data"][0]["id"])
+        self.name = f"{self.url}#{self.model}"
 
-    def _call(self, route, **body):
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/{route}", json.dumps(body).encode() if body else None,
-                                         {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"})
+    def _call(self, route, pick, **body):
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
         try:
+            request = urllib.request.Request(f"{self.url.rstrip('/')}/{route}", json.dumps(body).encode() if body else None, headers)
             with urllib.request.urlopen(request, timeout=600) as reply:
-                return json.load(reply)
-        except (OSError, ValueError) as error:            # refused, timed out, an HTTP status, no JSON
+                return pick(json.load(reply))
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:   # refused, an HTTP status, another protocol
             raise UserError(f"--judge {self.url}: no answer from {route} ({str(error)[:100]}); check the URL and that the server runs, then run "
                             "the same command again to go on") from None
 
     def prefers(self, item, first, second):
         """1 where `first` is better, 0 where `second` is, 0.5 where the reply names neither."""
         question = QUESTION.format(text=item["text"] + (f"\n{item['prompt']}" if item["prompt"] else ""), a=first, b=second)
-        reply = self._call("chat/completions", model=self.model, messages=[dict(role="user", content=question)], temperature=0, max_tokens=8)
-        said = str(reply["choices"][0]["message"]["content"])
-        letter = re.search(r"\b([AB])\W*$", said) or re.match(r"\W*([AB])\b", said)
+        said = str(self._call("chat/completions", lambda reply: reply["choices"][0]["message"]["content"], model=self.model,
+                              messages=[dict(role="user", content=question)], temperature=0, max_tokens=8))
+        letter = (re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is\b)", said)   # it begins with its choice, or ends with it
+                  or re.search(r"\b([AB])\W*$", said))
         return {"A": 1.0, "B": 0.0}[letter[1]] if letter else 0.5
 
     def __call__(self, items, answers, others):
@@ -175,7 +178,7 @@ class RewardJudge:
     """A reward model: the higher reward wins, equal ones are half a win each."""
 
     def __init__(self, name, device):
-        self.rewards = common.RewardModel(name, device)
+        self.name, self.rewards = name, common.RewardModel(name, device)
 
     def __call__(self, items, answers, others):
         return [(1 + np.sign(a - b)) / 2 for a, b in zip(self.rewards(items, answers), self.rewards(items, others))]
@@ -211,7 +214,8 @@ def measure(items, answers, heard, scores, encoders, preferences=None):
         if task == "sqa":
             pairs = list(zip(gold, said))
             per_item = {"accuracy": [100 * any(is_contained(r, a) for r in refs) for refs, a in pairs],
-                        "exact match": [100 * any(common.normalise(r) == common.normalise(a) for r in refs) for refs, a in pairs],
+                        "exact match": [100 * any(common.has_words(r) and common.normalise(r) == common.normalise(a) for r in refs)
+                                        for refs, a in pairs],
                         "F1": [100 * max(common.token_f1(a, r) for r in refs) for refs, a in pairs]}
         elif task == "instruct":
             per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)]} if all(gold) else {}
@@ -243,7 +247,7 @@ def length_controlled(wins, own, base, counts=None, prior=-1.6, weight=1.0):
     """
     counts = np.ones((1, len(wins))) if counts is None else counts
     gap = np.asarray(base, float) - own
-    x = np.tanh(gap / max(gap.std(), 1e-9))                                                # (N,)
+    x = np.tanh(gap / gap.std()) if gap.std() > 0 else np.zeros(len(gap))                  # (N,)
     theta, phi = np.zeros(len(counts)), np.full(len(counts), prior)                        # (R,)
     for _ in range(25):                                   # Newton's method, for all resamples at once
         p = 1 / (1 + np.exp(-(theta[:, None] + phi[:, None] * x)))                         # (R, N)
@@ -260,16 +264,16 @@ def length_controlled(wins, own, base, counts=None, prior=-1.6, weight=1.0):
 
 def paired_tests(items, answers, base="sft"):
     """sacrebleu's own paired bootstrap test of every system's translations against `base`: {system: {"BLEU": p, "chrF": p}}.
-    answers: {system: list of N strings}."""
+    answers: {system: list of N strings}. Equal scores have p = 1: sacrebleu gives them its smallest."""
     from sacrebleu.significance import PairedTest
     chosen = [i for i, item in enumerate(items) if item["task"] == "s2tt"]
     named = [(system, [answers[system][i] for i in chosen]) for system in sorted(answers, key=lambda system: system != base)]
-    if not chosen or base not in answers or len(named) < 2:
+    if len(chosen) < 2 or base not in answers or len(named) < 2:
         return {}
     metrics = {"BLEU": sacrebleu.BLEU(tokenize=tokenizer(items[chosen[0]])), "chrF": sacrebleu.CHRF()}
     _, found = PairedTest(named, metrics, [[items[i]["reference"][0] for i in chosen]], test_type="bs", n_samples=1000)()
     columns = [found[name] for name in found if name != "System"]
-    return {system: {metric: float(column[at].p_value) for metric, column in zip(metrics, columns)}
+    return {system: {metric: float(column[at].p_value) if column[at].score != column[0].score else 1.0 for metric, column in zip(metrics, columns)}
             for at, (system, _) in enumerate(named) if at}
 
 
@@ -280,6 +284,8 @@ def over_seeds(runs):
         return runs[0]
     out = {}
     for key, (_, aggregate) in runs[0].items():
+        if any(key not in run for run in runs):
+            continue
         def score(sums, n, aggregate=aggregate):
             return np.mean([aggregate(part, n) for part in np.split(sums, len(runs), -1)], 0)
         out[key] = np.concatenate([run[key][0] for run in runs], 1), score
@@ -325,7 +331,7 @@ def available(args):
     """Systems to run, in the tables' order; UserError for one that has no checkpoint."""
     held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
     held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
-    chosen = args.systems.split(",") if args.systems else held
+    chosen = [*dict.fromkeys(args.systems.split(","))] if args.systems else held
     missing = [name for name in chosen if name not in UNTRAINED and not (args.work / f"{name}.pt").exists()]
     if missing:
         raise UserError(f"--systems {missing[0]}: no {args.work / missing[0]}.pt; there are {', '.join(held)}")
@@ -378,7 +384,7 @@ def compare(measured, base="sft", seed=0):
                         return own(sums[..., :c], n) - theirs(sums[..., c:], n)
                     d = common.bootstrap(columns, difference, seed=seed)
                     row |= dict(difference=d[0], difference_low=d[1], difference_high=d[2],
-                                separable=bool(d[1] > 0 or d[2] < 0))
+                                separable=len(statistics) > 1 and bool(d[1] > 0 or d[2] < 0))
                     text = one.get("text", {}).get((task, metric))
                     if PRIMARY.get(task) == metric and system != "text" and text is not None:
                         columns = np.concatenate([statistics, other[0], text[0]], 1)
@@ -439,8 +445,10 @@ def robustness_table(rows, lines):
     conditions, systems = (list(dict.fromkeys(key[at] for key in found)) for at in (0, 1))
     if len(conditions) < 3:
         return
-    for task, metric in PRIMARY.items():
+    for task, metric in SHOWN:
         own = [system for system in systems if ("clean", system, task, metric) in found]
+        if not own:
+            continue
         lines += [f"\n### {task} {metric} by condition, and its change against clean speech in %\n",
                   f"| condition | WER of Whisper | {' | '.join(own)} |", "|---" * (len(own) + 2) + "|"]
         for condition in conditions:
@@ -461,7 +469,9 @@ def plot_robustness(rows, path):
     pyplot = common.pyplot()
     found = {(r["condition"], r["system"], r["task"], r["metric"]): r for r in rows}
     systems = list(dict.fromkeys(row["system"] for row in rows if row["system"] != "text"))
-    panels = [(t, m) for t, m in PRIMARY.items() if ("clean", systems[0], t, m) in found]
+    panels = [(t, m) for t, m in SHOWN if any(("clean", system, t, m) in found for system in systems)]
+    if not panels:
+        return
     figure, axes = pyplot.subplots(len(panels), len(kinds), figsize=(2.4 * len(kinds) + 1, 2.5 * len(panels) + 0.6), squeeze=False, sharey="row")
     for line, (task, metric) in zip(axes, panels):
         for axis, kind in zip(line, kinds):
@@ -484,7 +494,9 @@ def plot(rows, path):
     """Primary metrics with their intervals, a panel per task, at most four conditions side by side; legible in black and white."""
     pyplot = common.pyplot()
     conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if not c.endswith(UNHEARD)][:4]
-    panels = [(t, m) for t, m in (*PRIMARY.items(), ("s2tt", "BLEU")) if any((r["task"], r["metric"]) == (t, m) for r in rows)]
+    panels = [(t, m) for t, m in SHOWN if any((r["task"], r["metric"]) == (t, m) for r in rows)]
+    if not panels:                                        # instruct without references: a judge's table alone
+        return
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (task, metric) in zip(axes[0], panels):
         for at, condition in enumerate(conditions):
@@ -516,7 +528,7 @@ def report(held, path):
         lines.append(f"\n{len(held['broken'])} items can't be heard and count as wrong: {', '.join(held['broken'])}.")
     table(held["rows"], held["rewards"], lines)
     if held["paired"]:
-        lines.append("\nTranslation, clean speech, p of sacrebleu's paired bootstrap test against sft: " + "; ".join(
+        lines.append(f"\nTranslation, {held['conditions'][0]}, p of sacrebleu's paired bootstrap test against sft: " + "; ".join(
             f"{system} " + ", ".join(f"{metric} {p:.3f}" for metric, p in own.items()) for system, own in held["paired"].items()) + ".")
     robustness_table(held["rows"], lines)
     lines += ["\n\\* the 95 % interval of the paired difference to `sft` excludes 0. † the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
@@ -534,11 +546,13 @@ def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
         return draw(Path(args.draw))
-    systems, conditions = available(args), args.conditions.split(",")
+    systems, conditions = available(args), [*dict.fromkeys(args.conditions.split(","))]
     if conditions == ["all"]:
         conditions = ["clean", *(f"{kind}:{amount}" for kind, amounts in SEVERITIES.items() for amount in amounts)]
     for condition in conditions:
         common.parse_condition(condition)
+    if args.judge and not args.ask and "sft" not in systems:
+        raise UserError("--judge compares with sft, which is not among the systems: add it to --systems")
     histories = {system: common.load_checkpoint(args.work / f"{system}.pt", "rba-speechlm-1").get("history", [])
                  for system in systems if system not in UNTRAINED}     # before the models are loaded: a file may be damaged
     if args.ask:
@@ -557,10 +571,13 @@ def main():
         tqdm.write(f"{len(broken)} of {len(items)} items can't be heard and count as wrong:")
         for reason in broken.values():
             tqdm.write(f"  {reason}")
-    suffix = f"-{source.stem}" if args.data else ""
+    languages = {item["language"] for item in items if item["task"] == "s2tt"}
+    if len(languages) > 1:
+        raise UserError(f"{source}: translations into {' and '.join(sorted(languages))}; give a file for each language")
+    name = source.stem + "".join(f"-{language}" for language in languages if ":" in (args.data or ""))   # one file may have many targets
     model = common.SpeechLM(vars(args), device)
     encoders, teacher = dict(similarity=WordLlama(), semantic=common.Embedder(args.embedder, device)), common.Teacher(model, args.teacher)
-    data_key = common.fingerprint(source)
+    data_key = common.digest(items)
     window = args.window if source.parent == args.work / "data" else 30.0
     measured, trained = {}, {without_seed(system): [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
                              for system, history in histories.items()}
@@ -571,14 +588,15 @@ def main():
         heard[condition] = [unheard_row] * len(items)
         for i, row in zip(sound, common.listen_to_split(model, args.work, source, [items[i] for i in sound], condition, window, rank, world, folder)):
             heard[condition][i] = row
+    sounds = {condition: common.digest([(row["ids"], row["states"].numpy().tobytes().hex()) for row in rows]) for condition, rows in heard.items()}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
     work = [(condition, system) for condition in conditions for system in systems
             if not (system == "text" and condition != conditions[0])]
     for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
         checkpoint = args.work / f"{system}.pt"
-        key = " ".join(map(str, (data_key, common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
+        key = " ".join(map(str, (data_key, sounds[condition] if system != "text" else "", common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
                                  args.teacher, args.whisper, args.max_new, window, common.SYSTEM)))
-        path = answers_path(args.work, source, system, condition)
+        path = answers_path(args.work, name, system, condition)
         held = read_answers(path) if path.exists() else []
         if at % world == rank and [row.get("key") for row in held] != [key] * len(items):
             load_system(model, system, args.work)
@@ -595,14 +613,14 @@ def main():
         return
     # ---- metrics, intervals, table, plot; once more for the items in voices that train does not have
     everything = range(len(items))
-    held = {(condition, system): read_answers(answers_path(args.work, source, system, condition)) for condition, system in work}
+    held = {(condition, system): read_answers(answers_path(args.work, name, system, condition)) for condition, system in work}
     unheard = common.parse_voices(args.unheard_voices)
     parts = {"": everything, UNHEARD: [i for i in everything if items[i].get("voice") in unheard]}
     for condition, system in work:
         rows, base, preferences = held[condition, system], held.get((condition, "sft")), None
-        if judge and base and system != "sft":
-            key = hashlib.sha256(repr((args.judge, QUESTION, [[row["answer"] for row in side] for side in (rows, base)])).encode()).hexdigest()[:16]
-            path = answers_path(args.work, source, system, condition).with_suffix(".judged.jsonl")
+        if judge and base and without_seed(system) != "sft":
+            key = common.digest([judge.name, QUESTION, data_key, [[row["answer"] for row in side] for side in (rows, base)]])
+            path = answers_path(args.work, name, system, condition).with_suffix(".judged.jsonl")
             preferences = compare_answers(judge, path, items, key, *([row["answer"] for row in side] for side in (rows, base)))
         for part, chosen in parts.items():
             if chosen and (not part or condition == conditions[0]):
@@ -614,10 +632,10 @@ def main():
     for condition in conditions[1:]:                      # text hears nothing: the same in every condition, but for whom it is compared with
         if "text" in systems:
             [text] = measured[conditions[0]]["text"]
-            measured[condition] = {"text": [{key: value for key, value in text.items() if key[1] != "judged"}]} | measured[condition]
-    path = args.work / f"results{suffix}.json"
+            measured[condition] = {"text": [{key: value for key, value in text.items() if key[1] != "judged"}]} | measured.get(condition, {})
+    path = args.work / ("results.json" if not args.data else f"results-{name}.json")
     out = dict(preset=args.preset, seed=args.seed, teacher=args.teacher, data=data_key, items=Counter(item["task"] for item in items),
-                paired=paired_tests(items, said), source=args.data or "", broken=broken, judge=args.judge or "",
+                paired=paired_tests(items, said), source=args.data or "", broken=broken, judge=judge.name if judge else "", conditions=conditions,
                 tokenizer=next((tokenizer(item) for item in items if item["task"] == "s2tt"), "13a"),
                 rows=compare(measured, seed=args.seed), rewards=trained, history=histories) | common.environment()
     common.write_json(path, out)
@@ -629,13 +647,13 @@ def draw(path):
     try:
         held = json.loads(path.read_text())
         report(held, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--draw {path}: no results.json of this script ({type(error).__name__}: {str(error)[:80]}); run 04_evaluate.py "
                         "to make one") from None
 
 
-def answers_path(work, source, system, condition):
-    return work / "answers" / source.stem / f"{system}.{condition.replace(':', '-')}.jsonl"
+def answers_path(work, name, system, condition):
+    return work / "answers" / name / f"{system}.{condition.replace(':', '-')}.jsonl"
 
 
 def read_answers(path):

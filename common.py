@@ -345,7 +345,8 @@ def _openaudiobench(path):
                         "trivia_qa": ("question", "answer_normalized_aliases"), "alpaca_eval": ("instruction", "output")}[path.name]
     items, source = [], path / f"{path.name}.csv"
     for row in _table(source, ","):
-        references = ast.literal_eval(row[answer]) if row[answer].startswith("[") else [row[answer]]
+        several = path.name in ("web_questions", "trivia_qa") and row[answer].startswith("[")
+        references = ast.literal_eval(row[answer]) if several else [row[answer]]
         items.append(dict(id=row["audio_filename"], audio=f"audios/{row['audio_filename']}", text=row[question], reference=references,
                           task="instruct" if path.name == "alpaca_eval" else "sqa"))
     return source, path, items
@@ -355,9 +356,10 @@ def _voicebench(path):
     """JSONL of audio, prompt and, unless a judge is to compare, reference."""
     items = []
     for i, row in enumerate(read_jsonl(path)):
-        references = row.get("reference") or []
+        references = row.get("reference")
+        references = [] if references in (None, "") else references if isinstance(references, list) else [references]
         items.append(dict(id=str(row.get("id", f"{i:05d}")), task="sqa" if references else "instruct", audio=row.get("audio"), text=row.get("prompt"),
-                          reference=[references] if isinstance(references, str) else references))
+                          reference=references))
     return path, path.parent, items
 
 
@@ -401,8 +403,8 @@ def _own(path):
         references = [row["reference"]] if isinstance(row.get("reference"), str) else row.get("reference")
         if not references:
             raise ValueError("has no reference")
-        row = {"instruction": row.get("text"), "prompt": ""} | row
-        check_fields(row, dict(id=str, audio=str, task=str, instruction=str, prompt=str))
+        row = {"instruction": row.get("text")} | row
+        check_fields(row, dict(id=str, audio=str, task=str, instruction=str) | {name: str for name in ("prompt", "language") if name in row})
         row = {name: row[name] for name in ("id", "audio", "task", "prompt", "language") if name in row} | dict(
             text=row["instruction"], reference=references)
         return check_item(row, {})
@@ -431,15 +433,16 @@ def read_set(spec, language):
     for item in tqdm(items, desc=f"read {source.name}", unit="item", leave=False):
         seen[item["id"]] += 1
         item["id"] += f"#{seen[item['id']]}" * (seen[item["id"]] > 1)
-        item["language"] = item.get("language", language)
+        item["language"] = LANGUAGES.get(item.get("language"), item.get("language", language))
         item["prompt"] = item.get("prompt", REQUESTS[item["task"]].format(language=item["language"]))
-        item["reference"] = [str(text).strip() for text in item["reference"]] or [""] * (item["task"] != "instruct")
+        references = [str(text).strip() for text in item["reference"]] or [""] * (item["task"] != "instruct")
+        item["reference"] = [text for text in references if has_words(text)] or references   # of several, those with words
         try:
             judged = item["task"] == "instruct" and not item["reference"]   # by comparison alone
             check_item(item | ({"reference": [item["text"]]} if judged else {}), dict(id=str, text=str, audio=str))
             item_wave(folder, item)
         except (ValueError, UserError) as error:
-            broken[item["id"]] = str(error)
+            broken[item["id"]], item["text"] = str(error), str(item["text"] or "").encode(errors="ignore").decode()
     if len(broken) == len(items):
         raise UserError(f"--data {spec}: " + (f"none of the {len(items)} items can be used; the first: {next(iter(broken.values()))}"
                                               if items else "holds no items"))
@@ -456,6 +459,11 @@ def fingerprint(path):
 
 
 _locks = {}
+
+
+def digest(value):
+    """16 hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def claim(path):
@@ -839,7 +847,10 @@ class RewardModel:
             raise UserError("the rm reward needs a reward model; this preset names none: use --preset paper, or other rewards")
         with loading(name, "reward model") as path:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype=native_dtype(), num_labels=1)
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=native_dtype(), num_labels=1,
+                                                                                  output_loading_info=True)
+            if info["missing_keys"] or info["mismatched_keys"] or not self.tokenizer.chat_template:
+                raise ValueError(f"it lacks {next(iter(info['missing_keys']), 'a chat template')}: give a trained one")
         self.model.to(device).eval()
 
     @torch.inference_mode()
@@ -873,7 +884,7 @@ def read_audio(path, max_seconds=30.0, offset=0.0, duration=None):
             wave = file.read(min(longest, longest if duration is None else round(duration * rate)), dtype="float32", always_2d=True)
         if len(wave) > max_seconds * rate:
             raise UserError(f"{path}: longer than {max_seconds:g} s, which is all that can be read; cut it")
-    except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{str(path)[:200]}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
     wave = torch.from_numpy(wave).mean(1)
     if not wave.isfinite().all():
@@ -1277,7 +1288,7 @@ def listen_to_split(model, work, source, items, condition="clean", window=30.0, 
     key = f"{fingerprint(source)} {model.config['whisper']} {model.config['student']} {condition} {room}"
     files = [audio / item["audio"] for item in items]
     stats = [(f.stat().st_size, f.stat().st_mtime_ns) if f.is_file() else None for f in files]   # None: an error below
-    key += f" {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
+    key += f" {digest(stats)}"
     parts = [(held / f"{part:04d}.pt", range(at, min(at + size, len(items)))) for part, at in enumerate(range(0, len(items), size))]
     with tqdm(total=len(items), desc=f"listen to {source.stem} {condition}", unit="utt", leave=False, disable=rank > 0) as bar:
         for part, (path, chosen) in enumerate(parts):

@@ -30,12 +30,12 @@ def llama_questions(folder, waves):
 
 
 def openaudiobench(folder, waves):
-    """A comma, quotes and a line break in cells; several answers as a Python list."""
+    """A comma, quotes and a line break in cells; several answers as a Python list, one of them without words."""
     folder = folder / "eval_datas" / "trivia_qa"
     record(folder / "audios" / "a.wav", waves[0])
     record(folder / "audios" / "b.wav", waves[3])
     (folder / "trivia_qa.csv").write_text('question,answer_normalized_aliases,audio_filename\n'
-                                          f'"{FRANCE}","[\'paris\', ""paris\'s city""]",a.wav\n"{MOON}\n","[\'neil, armstrong\']",b.wav\n'
+                                          f'"{FRANCE}","[\'paris\', ""paris\'s city""]",a.wav\n"{MOON}\n","[\'neil, armstrong\', \'?\']",b.wav\n'
                                           'What is it?,"[\'it\']",c.wav\nNobody knows?,[],a.wav\n')
     return f"openaudiobench:{folder}", [("sqa", FRANCE, ["paris", "paris's city"]), ("sqa", MOON, ["neil, armstrong"])], ["c.wav", "a.wav#2"]
 
@@ -43,8 +43,8 @@ def openaudiobench(folder, waves):
 def alpaca_eval(folder, waves):
     folder = folder / "eval_datas" / "alpaca_eval"
     record(folder / "audios" / "a.wav", waves[1])
-    (folder / "alpaca_eval.csv").write_text(f'instruction,output,audio_filename\n"{CHICKEN}","Grill it, then rest it.",a.wav\n')
-    return f"openaudiobench:{folder}", [("instruct", CHICKEN, ["Grill it, then rest it."])], []
+    (folder / "alpaca_eval.csv").write_text(f'instruction,output,audio_filename\n"{CHICKEN}","[Your Name] Grill it.",a.wav\n')
+    return f"openaudiobench:{folder}", [("instruct", CHICKEN, ["[Your Name] Grill it."])], []
 
 
 def web_questions(folder, waves):
@@ -62,13 +62,14 @@ def llama_questions_of_openaudiobench(folder, waves):
 
 
 def voicebench(folder, waves):
-    """Without a reference (for a judge), with one, with several; one file that is no audio."""
-    rows = [dict(audio=record(folder / f"{i}.wav", waves[i]), prompt=SENTENCES[i]) for i in (1, 0, 3)]
-    rows[1]["reference"], rows[2]["reference"] = "Paris", ["Neil Armstrong", "Armstrong"]
+    """Without a reference (for a judge), with one, with several, with a number; a file that is no audio, rows without words."""
+    rows = [dict(audio=record(folder / f"{i}.wav", waves[i]), prompt=SENTENCES[i]) for i in (1, 0, 3, 2)]
+    rows[1]["reference"], rows[2]["reference"], rows[3]["reference"] = "Paris", ["Neil Armstrong", "Armstrong"], 1969
     (folder / "broken.wav").write_text("no audio")
-    (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, dict(audio="broken.wav", prompt="Hello?")]))
-    return f"voicebench:{folder / 'set.jsonl'}", [("instruct", CHICKEN, []), ("sqa", FRANCE, ["Paris"]),
-                                                  ("sqa", MOON, ["Neil Armstrong", "Armstrong"])], ["00003"]
+    lost = dict(audio="broken.wav", prompt="Hello?"), dict(audio="0.wav"), dict(audio="0.wav", prompt="\ud800", reference="x")
+    (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *lost]))
+    return f"voicebench:{folder / 'set.jsonl'}", [("instruct", CHICKEN, []), ("sqa", FRANCE, ["Paris"]), (
+        "sqa", MOON, ["Neil Armstrong", "Armstrong"]), ("sqa", STORE, ["1969"])], ["00004", "00005", "00006"]
 
 
 def covost2(folder, waves):
@@ -110,9 +111,11 @@ def fleurs(folder, waves):
 
 def ours(folder, waves):
     rows = [dict(id="a", audio=record(folder / "a.wav", waves[0]), task="sqa", instruction=FRANCE, reference="Paris"),
-            dict(id="b", audio="a.wav", task="instruct", text=FRANCE, reference=["Paris.", "It is Paris."])]
+            dict(id="b", audio="a.wav", task="instruct", text=FRANCE, reference=["Paris.", "It is Paris."]),
+            dict(id="c", audio="a.wav", task="s2tt", text=FRANCE, reference="法国的首都是哪里？", language="zh")]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "mine.jsonl"), [("sqa", FRANCE, ["Paris"]), ("instruct", FRANCE, ["Paris.", "It is Paris."])], []
+    return str(folder / "mine.jsonl"), [("sqa", FRANCE, ["Paris"]), ("instruct", FRANCE, ["Paris.", "It is Paris."]),
+                                        ("s2tt", FRANCE, ["法国的首都是哪里？"])], []
 
 
 SETS = (llama_questions, openaudiobench, alpaca_eval, web_questions, llama_questions_of_openaudiobench, voicebench, covost2, mustc, fleurs, ours)
@@ -132,8 +135,11 @@ def test_a_set_is_read_as_published(write, tmp_path, waves):
         whole = waves[SENTENCES.index(item["text"].strip('"'))]
         assert abs(len(wave) - len(whole)) <= (2400 if item["audio"].endswith("mp3") else 2)
     languages = {item["language"] for item in items if item["task"] == "s2tt"}
-    assert languages == {covost2: {"German"}, mustc: {"French"}, fleurs: {"Chinese"}}.get(write, set())
-    assert all(("Chinese" in item["prompt"]) == (write is fleurs) for item in items)
+    assert languages == {covost2: {"German"}, mustc: {"French"}, fleurs: {"Chinese"}, ours: {"Chinese"}}.get(write, set())
+    for item in items:
+        assert item["prompt"] == {"instruct": "", "sqa": "Answer in one short sentence.",
+                                  "s2tt": f"Translate what I said into {item['language']}."}[item["task"]]
+        assert isinstance(item["text"], str) and item["text"].encode() is not None
 
 
 def test_a_set_that_is_none_is_one_line(tmp_path):
@@ -143,19 +149,60 @@ def test_a_set_that_is_none_is_one_line(tmp_path):
             common.read_set(spec, "French")
 
 
-def test_what_cant_be_heard_counts_as_wrong(tmp_path, waves, model, monkeypatch, capsys):
+@pytest.fixture
+def run(tmp_path, model, monkeypatch):
+    """04 on a set, by the untrained systems -> results.json's content."""
+    def go(spec, *flags, systems=("text", "init"), name):
+        monkeypatch.setattr(common, "SpeechLM", lambda *_: model)
+        monkeypatch.setattr(evaluate, "available", lambda args: [*systems])
+        monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "work"), "--data", spec, *flags])
+        evaluate.main()
+        return json.loads((tmp_path / "work" / f"results-{name}.json").read_text())
+    return go
+
+
+def test_sets_of_one_task_and_two_targets(tmp_path, waves, run):
+    """Translations into one language are none into the other; every table and figure does with what there is."""
+    spec, _, _ = fleurs(tmp_path, waves)
+    (tmp_path / "de_de").mkdir()
+    (tmp_path / "de_de" / "test.tsv").write_text((tmp_path / "cmn_hans_cn" / "test.tsv").read_text().replace('我"要去商店。', "Ich gehe."))
+    held = [run(spec.rpartition(":")[0] + f":{target}", "--conditions", "clean,speed:1.5,loss:5,clean", name=f"test-{language}")
+            for target, language in (("cmn_hans_cn", "Chinese"), ("de_de", "German"))]
+    assert held[0]["tokenizer"] == "zh" and held[1]["tokenizer"] == "13a" and held[0]["conditions"] == ["clean", "speed:1.5", "loss:5"]
+    answers = [(tmp_path / "work" / "answers" / f"test-{language}" / "text.clean.jsonl").read_text() for language in ("Chinese", "German")]
+    assert answers[0] != answers[1]
+    assert "s2tt BLEU by condition" in (tmp_path / "work" / "results-test-German.md").read_text()
+    assert (tmp_path / "work" / "results-test-German-conditions.png").exists()
+    spec, _, _ = voicebench(tmp_path, waves)              # instruct without references
+    path = tmp_path / "judged.jsonl"
+    path.write_text((tmp_path / "set.jsonl").read_text().splitlines()[0] + "\n")
+    held = run(f"voicebench:{path}", systems=("text",), name="judged")   # under noise text has nobody to be compared with
+    assert {row["metric"] for row in held["rows"]} == {"log π_T", "tokens"}
+
+
+def test_what_cant_be_heard_counts_as_wrong_until_it_can(tmp_path, waves, run, capsys):
     spec, _, _ = llama_questions(tmp_path, waves)
-    monkeypatch.setattr(common, "SpeechLM", lambda *_: model)
-    monkeypatch.setattr(evaluate, "available", lambda args: ["text", "init"])
-    monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "work"), "--data", spec, "--conditions", "clean"])
-    evaluate.main()
-    held = json.loads((tmp_path / "work" / "results-llama_questions_300.json").read_text())
+    held = run(spec, "--conditions", "clean", name="llama_questions_300")
     rows = {(row["system"], row["metric"]): row for row in held["rows"]}
     assert rows["init", "accuracy"]["n"] == 2 and rows["init", "accuracy"]["value"] == 50      # Paris, and nothing
     assert [*held["broken"]] == ["gone.wav"] and rows["init", "WER"]["value"] > 50
     assert "gone.wav" in capsys.readouterr().out
     answers = common.read_jsonl(tmp_path / "work" / "answers" / "llama_questions_300" / "init.clean.jsonl")
     assert "Paris" in answers[0]["answer"] and answers[1]["answer"] == ""
+    record(tmp_path / "gone.wav", waves[3])
+    held = run(spec, "--conditions", "clean", name="llama_questions_300")
+    answers = common.read_jsonl(tmp_path / "work" / "answers" / "llama_questions_300" / "init.clean.jsonl")
+    assert not held["broken"] and "Armstrong" in answers[1]["answer"]
+
+
+def test_several_target_languages_and_a_judge_without_sft_are_one_line(tmp_path, waves, run):
+    rows = [dict(id=language, audio=record(tmp_path / "a.wav", waves[0]), task="s2tt", instruction=FRANCE, reference="x y", language=language)
+            for language in ("de", "fr")]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(common.UserError, match="French and German"):
+        run(str(tmp_path / "two.jsonl"), name="two")
+    with pytest.raises(common.UserError, match="compares with sft"):
+        run(str(tmp_path / "two.jsonl"), "--judge", "http://127.0.0.1:9/v1", name="two")
 
 
 # ------------------------------------------------------------------------------------------------------------ judges
@@ -187,7 +234,7 @@ def served():
             text = question["messages"][0]["content"]
             asked.append((question["model"], text))
             a, b = text.partition("Answer A: ")[2].split("\n\nAnswer B: ")
-            self.reply({"choices": [{"message": {"content": "A worse one than B." if len(b) > len(a) else "A, I think."}}]})
+            self.reply({"choices": [{"message": {"content": "A worse one than B." if len(b) > len(a) else "A is better than B"}}]})
 
         def log_message(self, *_):
             pass
@@ -210,8 +257,24 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
     broken.append(True)
     with pytest.raises(common.UserError, match="--judge http://127.0.0.1.*run the same command again"):
         evaluate.compare_answers(judge, path, ITEMS, "other", *ANSWERS)
-    with pytest.raises(common.UserError, match="no answer from models"):
-        evaluate.ServedJudge("http://127.0.0.1:9/v1")
+    for url in ("http://127.0.0.1:9/v1", "http://127.0.0.1:port/v1", "http://[/v1"):
+        with pytest.raises(common.UserError, match="no answer from models"):
+            evaluate.ServedJudge(url)
+
+
+@pytest.mark.parametrize("reply, expected", [("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A. More helpful than B", 1),
+                                             ("B\n\nBecause answer A", 0), ("I would choose B", 0), ("Both are fine", 0.5), ("", 0.5), (None, 0.5)])
+def test_a_judges_verdict_is_read(reply, expected, monkeypatch):
+    judge = evaluate.ServedJudge.__new__(evaluate.ServedJudge)
+    judge.model = "x"
+    monkeypatch.setattr(judge, "_call", lambda route, pick, **_: pick({"choices": [{"message": {"content": reply}}]}), raising=False)
+    assert judge.prefers(ITEMS[0], "a", "b") == expected
+
+
+def test_a_model_without_a_trained_head_is_no_reward_model():
+    for name in ("smollm2-135m", "minilm-l6"):
+        with pytest.raises(common.UserError, match="no reward model can be loaded"):
+            common.RewardModel(name, "cpu")
 
 
 def test_judgements_enter_the_table_with_and_without_length(model):
@@ -282,6 +345,7 @@ def test_the_length_controlled_win_rate_takes_length_out():
     for row, value in zip(counts, together):              # resampled at once as one by one
         assert evaluate.length_controlled(wins[few], own[few], base[few], row[None])[0] == pytest.approx(value, abs=1e-6)
     assert 90 < evaluate.length_controlled(np.ones(30), own[:30], base[:30])[0] < 100     # all won: no infinity
+    assert evaluate.length_controlled(np.full(5, 0.5), own[:1].repeat(5) + 1, own[:1].repeat(5))[0] == pytest.approx(50)   # one gap: no length
 
 
 def test_paired_tests_are_sacrebleus():
@@ -293,6 +357,7 @@ def test_paired_tests_are_sacrebleus():
     found = evaluate.paired_tests(items, {"rba": spoilt(0.1), "sft": spoilt(0.4), "same": None} | {"same": spoilt(0.4)})
     assert set(found) == {"rba", "same"} and found["rba"]["BLEU"] < 0.01 < 0.05 < found["same"]["chrF"]
     assert evaluate.paired_tests(items, {"rba": spoilt(0.1)}) == {}
+    assert evaluate.paired_tests(items, dict.fromkeys(("sft", "rba"), spoilt(0.1)))["rba"] == {"BLEU": 1, "chrF": 1}
     assert sacrebleu.BLEU(tokenize=evaluate.tokenizer(dict(language="Chinese"))).corpus_score(["我去"], [["我去"]]).precisions[0] == 100
 
 
