@@ -112,12 +112,66 @@ def short_answer(question, answer, continuation):
 
 
 # ----------------------------------------------------------------------------------- 1, 2: instructions, answers
+class ServedTeacher(common.Served):
+    """The teacher behind an OpenAI-compatible URL, asked through the completions route, as a Magpie prompt ends within the user's turn.
+    MODEL names its tokenizer too. A server's samples need not follow from the seed; the batches kept in data/ are what repeats them."""
+
+    def __init__(self, spec):
+        from transformers import AutoTokenizer
+        super().__init__(spec)
+        with common.loading(self.model, "tokenizer") as path:
+            self.tokenizer = common.checked(AutoTokenizer.from_pretrained(path), self.model)
+        self.dialect, problem = None, None
+        for dialect in ("vllm", "transformers"):          # how to switch top-k and the like off is no part of the standard
+            self.dialect = self.dialect or dialect
+            try:
+                self.ask("Hello", 0, 1, 0, 1.0)
+                break
+            except UserError as error:
+                self.dialect, problem = None, problem or error
+        if not self.dialect:
+            raise problem
+
+    def ask(self, prompt, end_id, max_new, seed, temperature):
+        """-> (text, ended); seed None: greedy."""
+        greedy = seed is None
+        if self.dialect == "vllm":
+            own = dict(top_k=-1, repetition_penalty=1.0, stop=[self.tokenizer.decode([end_id])])
+        else:
+            own = dict(generation_config=json.dumps(dict(do_sample=not greedy, top_k=0, eos_token_id=end_id, pad_token_id=end_id)))
+        return self.call("completions", lambda reply: (str(reply["choices"][0]["text"]), reply["choices"][0]["finish_reason"] == "stop"),
+                         model=self.model, prompt=prompt, max_tokens=max_new, temperature=0.0 if greedy else temperature, top_p=1.0,
+                         seed=0 if greedy else seed % 2 ** 31, **own)
+
+    def continuations(self, prompts, end_id, max_new, seeds, temperature):
+        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
+        if self.tokenizer("").input_ids:                  # the server puts it before the prompt by itself
+            texts = [text.removeprefix(self.tokenizer.bos_token) for text in texts]
+        with ThreadPoolExecutor(32) as pool:
+            waiting = [[pool.submit(self.ask, text, end_id, max_new, seed, temperature) for seed in (seeds[i] if seeds else [None])]
+                       for i, text in enumerate(texts)]
+            return [[future.result() for future in own] for own in waiting]
+
+
+def local_continuations(tokenizer, llm, prompts, end_id, max_new, seeds, temperature):
+    """The same by a model of our own, prompts sorted by length into batches of BATCH."""
+    order, results, table = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts), llm.get_input_embeddings()
+    for at in range(0, len(order), BATCH):
+        chosen = order[at:at + BATCH]
+        with common.autocast(llm), torch.inference_mode():
+            embeds = [table(torch.tensor(prompts[i], device=table.weight.device)) for i in chosen]
+            found = common.sample(llm, embeds, end_id, max_new, seeds, temperature)
+        for i, replies in zip(chosen, found):
+            results[i] = [(tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in replies]
+    return results
+
+
 def write_texts(teacher, stream, batch, args):
     """One numbered batch of a stream (a task) -> list of rows.
 
     A row: id, task, text, response, reference, ended, and `dropped`, the first filter it failed ("" if none).
     """
-    tokenizer, llm, device = teacher
+    tokenizer, llm = teacher
     system, opener, temperature = None, "", 1.0
     if stream == "sqa":
         system, opener, temperature = QUIZ, OPENERS[batch % len(OPENERS)], 0.8
@@ -126,19 +180,11 @@ def write_texts(teacher, stream, batch, args):
         opener = f'Translate this sentence into {args.language}: "'
     before, _, end_id = common.chat_parts(tokenizer, system=system)
     before = before + tokenizer(opener, add_special_tokens=False).input_ids
-    table = llm.get_input_embeddings()
 
     def continuations(prompts, max_new, seeds=None):
-        """Token id lists -> (text, ended), sorted by length into batches of BATCH."""
-        order, results = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
-        for at in range(0, len(order), BATCH):
-            chosen = order[at:at + BATCH]
-            with common.autocast(llm), torch.inference_mode():
-                embeds = [table(torch.tensor(prompts[i], device=device)) for i in chosen]
-                found = common.sample(llm, embeds, end_id, max_new, seeds, temperature)
-            for i, replies in zip(chosen, found):
-                results[i] = [(tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in replies]
-        return results
+        """Token id lists -> a list of (text, ended) each: one greedy, or one for each seed."""
+        return (llm.continuations if isinstance(llm, ServedTeacher) else functools.partial(local_continuations, tokenizer, llm))(
+            prompts, end_id, max_new, seeds, temperature)
 
     seeds = [[derive_seed(args.seed, stream, batch, row) for row in range(BATCH)]]
     rows = []
@@ -246,21 +292,67 @@ class Network:
             self.turn.acquire()
 
 
+class Vits:
+    """A multi-speaker VITS of transformers, a whole batch at once; its noise is off."""
+
+    def __init__(self, path, device):
+        import espeakng_loader
+        from phonemizer.backend.espeak.wrapper import EspeakWrapper
+        from transformers import VitsModel, VitsTokenizer
+        EspeakWrapper.set_library(espeakng_loader.get_library_path())
+        EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
+        self.tokenizer, self.model = VitsTokenizer.from_pretrained(path), VitsModel.from_pretrained(path).to(device).eval()
+        self.model.noise_scale = self.model.noise_scale_duration = 0.0
+
+    @torch.inference_mode()
+    def say(self, speakers, texts, speeds):
+        """-> N ((samples,) float32 numpy, rate in Hz)."""
+        known = self.model.config.num_speakers
+        if max(speakers) >= known:
+            raise UserError(f"voice #{max(speakers)}: the model has the speakers #0 to #{known - 1}")
+        inputs = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
+        hook = None
+        if known > 1:                                     # it takes one speaker for the batch: the others go in where he is looked up
+            ids = torch.tensor(speakers, device=self.model.device)
+            hook = self.model.embed_speaker.register_forward_hook(lambda module, *_: torch.nn.functional.embedding(ids, module.weight))
+        try:
+            said = self.model(**inputs, speaker_id=0 if known > 1 else None, speaking_rate=torch.tensor(speeds, device=self.model.device)[:, None, None])
+        finally:
+            hook and hook.remove()
+        return [(wave[:length].cpu().numpy(), self.model.config.sampling_rate) for wave, length in zip(said.waveform, said.sequence_lengths.tolist())]
+
+
 class Voices:
-    """Text -> speech of a named voice: `piper-NAME`, `kokoro-STYLE`. Deterministic (Piper's noise is off), and for many threads."""
+    """Text -> speech of named voices: `piper-NAME`, `kokoro-STYLE`, a Piper .onnx file, or MODEL#SPEAKER of a VITS (directory or hub id).
+    Deterministic: Piper's and VITS's noise is off."""
 
     loaded = {}                                           # engines, shared by all instances
 
-    def __init__(self, spec):
-        self.weights = common.parse_voices(spec)
+    def __init__(self, spec, device="cpu"):
+        self.weights, self.device = common.parse_voices(spec), device
         styles = np.load(f"{common.resolve('kokoro')}/voices.npz").files if "kokoro-" in spec else []
         known = [name for name in common.EMBEDDED if name.startswith("piper-")] + [f"kokoro-{style}" for style in styles]
         for name in self.weights:
-            if name not in known and not Path(name).is_file():
-                raise UserError(f"voice {name}: not one of {', '.join(known)}, nor a Piper .onnx file")
+            if name not in known and not Path(name).is_file() and not re.fullmatch(r".+#\d+", name):
+                raise UserError(f"voice {name}: not one of {', '.join(known)}, nor a Piper .onnx file, nor MODEL#SPEAKER of a VITS")
+
+    def say_all(self, requests, threads=1):
+        """[(voice, text, speed)] -> [((samples,) float32 numpy, rate in Hz)]: a VITS's as one batch, the others `threads` at a time."""
+        out = [None] * len(requests)
+        for model in dict.fromkeys(voice.rpartition("#")[0] for voice, _, _ in requests if "#" in voice):
+            own = [i for i, (voice, _, _) in enumerate(requests) if voice.rpartition("#")[0] == model]
+            if model not in self.loaded:
+                with common.loading(model, "VITS voice") as path:
+                    self.loaded[model] = Vits(path, self.device)
+            voices, texts, speeds = zip(*(requests[i] for i in own))
+            said = self.loaded[model].say([int(voice.rpartition("#")[2]) for voice in voices], list(texts), speeds)
+            for i, spoken in zip(own, said):
+                out[i] = spoken
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda held, request: held or self.say(*request), out, requests))
 
     def say(self, voice, text, speed):
-        """-> ((samples,) float32 numpy, rate in Hz)."""
+        """-> ((samples,) float32 numpy, rate in Hz) of an ONNX voice; for many threads."""
         with Network.turn:
             return self._say(voice, text, speed)
 
@@ -284,13 +376,10 @@ class Voices:
         return np.concatenate([c.audio_float_array for c in engine.synthesize(text, quiet)]), engine.config.sample_rate
 
 
-def speak(voices, unheard, item):
-    """Item -> (speech (samples,) at 16 kHz, voice, description: the acoustic condition, which is not applied yet, speed and
-    pitch), all drawn from the item's seed. Every other test item is spoken by one of the `unheard` voices.
-
-    Pitch: spoken at speed v/r and resampled by r, so that the speed heard is v. A pause or filler is spoken, but x
-    stays as the teacher wrote it.
-    """
+def draw_delivery(voices, unheard, item):
+    """Item -> (voice, words, speed, pitch, description: the acoustic condition, which is not applied yet, speed and pitch), all drawn
+    from the item's seed. Every other test item is spoken by one of the `unheard` voices. A pause or filler is spoken, but x stays as
+    the teacher wrote it."""
     rng, test = random.Random(item["seed"]), item["split"] == "test"
     if test and rng.random() < 0.5:
         voices = unheard
@@ -303,19 +392,24 @@ def speak(voices, unheard, item):
     if rng.random() < 0.2 and len(words) > 3:
         at, filler = rng.randrange(1, len(words) - 1), rng.choice((",", ", um,", ", uh,"))
         words[at] = words[at].rstrip(",") + filler
-    wave, rate = voices.say(voice, " ".join(words), speed / pitch)
-    wave = torchaudio.functional.resample(torch.from_numpy(np.asarray(wave, np.float32)), int(rate * pitch) // 50 * 50, RATE)
     described = f"{condition} speed:{speed:.2f} pitch:{12 * math.log2(pitch):+.1f}" + (" filler" if filler else "")
-    return wave * 0.9, voice, described
+    return voice, " ".join(words), speed, pitch, described
+
+
+def speak(voices, unheard, items, threads=1):
+    """Items -> [(speech (samples,) at 16 kHz, voice, description)]. Pitch: spoken at speed v/r and resampled by r, so that the speed
+    heard is v."""
+    plans = [draw_delivery(voices, unheard, item) for item in items]
+    spoken = voices.say_all([(voice, words, speed / pitch) for voice, words, speed, pitch, _ in plans], threads)
+    return [(0.9 * torchaudio.functional.resample(torch.from_numpy(np.asarray(wave, np.float32)), int(rate * pitch) // 50 * 50, RATE), voice, described)
+            for (voice, _, _, pitch, described), (wave, rate) in zip(plans, spoken)]
 
 
 def write_speech(items, voices, unheard, asr, args, threads):
-    """Speak a batch of items, `threads` at a time, let Whisper check the speech, and write it under its acoustic condition: items with audio,
+    """Speak a batch of items, let Whisper check the speech, and write it under its acoustic condition: items with audio,
     seconds, voice, perturbation, transcript and wer (both of the check)."""
     waves = []
-    with ThreadPoolExecutor(threads) as pool:
-        spoken = list(pool.map(functools.partial(speak, voices, unheard), items))
-    for item, (wave, item["voice"], item["perturbation"]) in zip(items, spoken):
+    for item, (wave, item["voice"], item["perturbation"]) in zip(items, speak(voices, unheard, items, threads)):
         item["audio"], item["seconds"] = f"audio/{item['id']}.wav", round(len(wave) / RATE, 3)
         disturbed = common.perturb(wave, item["perturbation"].split()[0], item["seed"])
         common.write_atomic(args.work / "data" / item["audio"],
@@ -381,6 +475,9 @@ def main():
     data = args.work / "data"
     keys = ("preset", "seed", "teacher", "whisper", "voices", "unheard_voices", "language", "instruction_tokens", "max_new", "max_seconds",
             "wer_bound", "n_train", "n_valid", "n_test")
+    if common.is_url(args.teacher) and "#" not in args.teacher:
+        raise UserError(f"--teacher {args.teacher}: add #MODEL, its name there, which names its tokenizer too")
+    address, args.teacher = args.teacher, args.teacher.rpartition("#")[2]                  # a server may move
     config = {key: getattr(args, key) for key in keys} | {"batches": f"{BATCH} texts, {SPEECH_BATCH} utterances"}   # numbered: the seeds
     loaded = {}
     if rank == 0:
@@ -388,9 +485,13 @@ def main():
     common.barrier()
 
     def teacher():
-        if "llm" not in loaded:
-            tokenizer, llm = common.load_llm(args.teacher)
-            loaded["llm"] = tokenizer, llm.to(device), device
+        if "llm" not in loaded and common.is_url(address):
+            served = ServedTeacher(address)
+            loaded["llm"] = served.tokenizer, served
+        elif "llm" not in loaded:
+            spread = world == 1 and torch.cuda.device_count() > 1   # a large teacher over all GPUs of a node, by one process
+            tokenizer, llm = common.load_llm(args.teacher, device_map="auto" if spread else None)
+            loaded["llm"] = tokenizer, llm if spread else llm.to(device)
         return loaded["llm"]
 
     def asr():
@@ -399,7 +500,7 @@ def main():
         return loaded["asr"]
 
     # ---- 1, 2: instructions and answers; filters; splits
-    voices, unheard = Voices(args.voices), Voices(args.unheard_voices)
+    voices, unheard = Voices(args.voices, device), Voices(args.unheard_voices, device)
     if not (data / "config.json").exists():               # what can't be loaded leaves no configuration behind
         teacher(), asr()
     if rank == 0:

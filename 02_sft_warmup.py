@@ -35,6 +35,7 @@ FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
          "targets": dict(help="with --data: reference or teacher"),
          "max-steps": dict(type=int, help="updates, for every objective run"),
          "batch-size": dict(type=int, help="utterances or sequences an update"),
+         "micro-tokens": dict(type=int, help="tokens a forward pass; lower it when memory runs out"),
          "lr": dict(type=float, help="peak learning rate")}
 SAVE_EVERY = 25                                           # updates between resume files
 
@@ -176,7 +177,7 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
         batch = common.batch_at(len(items), batch_size, step, args.seed, "items", len(parent.get("history", [])))
         tokens = sum(lengths[i] for i in batch)           # global, so that micro-batches and processes add up
         mine, total = sorted(batch[rank::world], key=sizes.__getitem__), 0.0
-        for chunk in common.token_batches([sizes[i] for i in mine]):
+        for chunk in common.token_batches([sizes[i] for i in mine], args.micro_tokens):
             rows, sounds = zip(*((items[mine[at]], heard[mine[at]]) for at in chunk))
             with common.autocast(model.llm):
                 loss = kd_loss(model, teacher, rows, sounds) if objective == "kd" else sft_loss(model, rows, sounds)
@@ -238,7 +239,9 @@ def main():
             raise UserError(f"{name}: a batch of {numbers['batch_size']} is larger than the {len(splits['train'])} items of train.jsonl; "
                             "use a smaller --batch-size")
 
-    model = common.SpeechLM(vars(args), device)
+    if rank == 0:
+        common.print_memory(args, others={args.teacher} - {args.student} if any(run[1] == "kd" for run in runs) else ())
+    model = common.load_speechlm(vars(args), device)
     data = {}
     for split, path, own in (("train", args.source, folder), ("valid", args.work / "data" / "valid.jsonl", None)):
         data[split] = splits[split], common.listen_to_split(model, args.work, path, splits[split], "clean", 30.0 if own else args.window,
@@ -267,6 +270,8 @@ def main():
         common.barrier()
     for name, objective, init, numbers in runs:
         train(model, name, objective, init, data=data, args=args, rank=rank, world=world, teacher=teacher, **numbers)
+    if rank == 0:
+        common.print_memory()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,tas
          "beta": dict(type=float, help="weight of the KL to the warm-up"),
          "init": dict(help="checkpoint to start from (default DIR/sft.pt)"), "out": dict(help="name of the result"),
          "max-steps": dict(type=int, help="updates"), "batch-size": dict(type=int, help="prompts an update"),
+         "micro-tokens": dict(type=int, help="tokens a forward pass; lower it when memory runs out"),
          "lr": dict(type=float, help="peak learning rate")}
 REWARDS = ("rm", "semantic", "logp", "task")
 
@@ -55,7 +56,7 @@ class Rewards:
     """The sequence rewards named in `weights`, each (items, answers, answer ids) -> list of floats (NaN: not defined)."""
 
     def __init__(self, weights, model, teacher, args):
-        self.names, self.model, self.teacher = list(weights), model, teacher
+        self.names, self.model, self.teacher, self.micro_tokens = list(weights), model, teacher, args.micro_tokens
         self.embed = common.Embedder(args.embedder, model.device) if "semantic" in weights else None
         self.rm = common.RewardModel(args.reward_model, model.device) if "rm" in weights else None
 
@@ -71,7 +72,8 @@ class Rewards:
             elif name == "rm":
                 values = self.rm(items, answers)
             else:
-                values = [float(part.mean()) for part in taught or teacher_log_probs(self.model, self.teacher, items, ids)]
+                values = [float(part.mean()) for part in taught or teacher_log_probs(self.model, self.teacher, items, ids,
+                                                                                                 self.micro_tokens)]
             if len(values) != len(items):
                 raise UserError(f"reward {name} gave {len(values)} values for {len(items)} answers")
             bad = [item["id"] for item, value in zip(items, values)
@@ -83,12 +85,12 @@ class Rewards:
 
 
 @torch.no_grad()
-def teacher_log_probs(model, teacher, items, answers):
+def teacher_log_probs(model, teacher, items, answers, micro_tokens):
     """log pi_T(y_t | x, p, y_<t) of N K answers to N items: list of N K (L_i,) float32."""
     k, parts = len(answers) // max(1, len(items)), []
     sizes = [common.PROMPT_TOKENS + len(item["text"]) // 4 + sum(map(len, answers[i * k:(i + 1) * k])) for i, item in enumerate(items)]
     with common.autocast(model.llm):
-        for chunk in common.token_batches(sizes):
+        for chunk in common.token_batches(sizes, micro_tokens):
             some = answers[chunk.start * k:chunk.stop * k]
             parts += common.token_log_probs(*teacher.answer_states([items[i] for i in chunk], some)).split([len(y) for y in some])
     return parts
@@ -202,7 +204,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         answers = [ids + [model.end_id] * ended for ids, ended in flat]
         texts = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in flat]
         repeated = [row for row in rows for _ in range(k)]
-        taught = teacher_log_probs(model, teacher, rows, answers) if teacher else [None] * len(answers)   # (N K) of (L,)
+        taught = teacher_log_probs(model, teacher, rows, answers, args.micro_tokens) if teacher else [None] * len(answers)   # (N K) of (L,)
         scores = rewards(repeated, texts, answers, taught)
         new = [row for row in rows if row["id"] not in own]
         found = rewards(new, [row["response"] for row in new], [model.answer_ids(row["response"]) for row in new])
@@ -228,7 +230,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         with_kl = args.beta or step % 10 == 0             # with beta 0 the KL is only logged, by one sample of each prompt
         sizes = [common.PROMPT_TOKENS + len(sounds[i]["ids"]) + sum(map(len, answers[i * k:(i + 1) * k])) for i in range(len(rows))]
         order = sorted(range(len(rows)), key=sizes.__getitem__)
-        for chunk in common.token_batches([sizes[i] for i in order]):
+        for chunk in common.token_batches([sizes[i] for i in order], args.micro_tokens):
             chosen = [order[at] for at in chunk]
             members = [i * k + j for i in chosen for j in range(k)]
             compared, reference = members[::1 if args.beta else k], {}
@@ -341,7 +343,11 @@ def main():
         raise UserError(f"a batch of {args.rl_prompts} prompts is larger than the {len(items)} items of train.jsonl; use a smaller "
                         "--batch-size")
     common.load_checkpoint(init, "rba-speechlm-1")        # before the models are loaded: it may be missing
-    model = common.SpeechLM(vars(args), device)
+    if rank == 0:
+        others = {args.teacher if any(token or "logp" in own for _, own, token in runs) else args.student} - {args.student}
+        others |= {args.reward_model} - {"none"} if any("rm" in own for _, own, _ in runs) else set()
+        common.print_memory(args, math.ceil(args.rl_prompts / world) * args.k, others)
+    model = common.load_speechlm(vars(args), device)
     data = items, common.listen_to_split(model, args.work, args.work / "data" / "train.jsonl", items,
                                           window=args.window, rank=rank, world=world)
     for name, weights, token_weight in runs:
@@ -355,6 +361,8 @@ def main():
                 print(f"{name} is left out: {error}")
                 continue
         train(model, teacher, name, weights, token_weight, init, data, args, rank, world)
+    if rank == 0:
+        common.print_memory()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,8 @@ results.md, results.png.
     python 04_evaluate.py --draw FILE.json     table and plot of a results.json again
 """
 import contextlib
-import http.client
 import json
-import os
 import re
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,7 +105,7 @@ def mean(sums, n):
 def teacher_scores(model, teacher, items, answers):
     """Mean log pi_T of each `instruct` answer's tokens given the gold words (None elsewhere): a judge that is no default
     reward of `rba`."""
-    scores, judged = [None] * len(items), [i for i, item in enumerate(items) if item["task"] == "instruct"]
+    scores, judged = [None] * len(items), [i for i, item in enumerate(items) if teacher and item["task"] == "instruct"]
     with common.autocast(model.llm):
         for at in range(0, len(judged), 16):
             chosen = judged[at:at + 16]
@@ -140,29 +137,14 @@ QUESTION = ("Which of two answers to a spoken request is better: more helpful, m
             "alone.\n\nRequest: {text}\n\nAnswer A: {a}\n\nAnswer B: {b}")
 
 
-class ServedJudge:
-    """An LLM at an OpenAI-compatible URL, asked in both orders."""
-
-    def __init__(self, url):
-        self.url, _, self.model = url.partition("#")
-        self.model = self.model or self._call("models", lambda reply: reply["data"][0]["id"])
-        self.name = f"{self.url}#{self.model}"
-
-    def _call(self, route, pick, **body):
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
-        try:
-            request = urllib.request.Request(f"{self.url.rstrip('/')}/{route}", json.dumps(body).encode() if body else None, headers)
-            with urllib.request.urlopen(request, timeout=600) as reply:
-                return pick(json.load(reply))
-        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:   # refused, an HTTP status, another protocol
-            raise UserError(f"--judge {self.url}: no answer from {route} ({str(error)[:100]}); check the URL and that the server runs, then run "
-                            "the same command again to go on") from None
+class ServedJudge(common.Served):
+    """An LLM behind an OpenAI-compatible URL, asked in both orders."""
 
     def prefers(self, item, first, second):
         """1 where `first` is better, 0 where `second` is, 0.5 where the reply names neither."""
         question = QUESTION.format(text=item["text"] + (f"\n{item['prompt']}" if item["prompt"] else ""), a=first, b=second)
-        said = str(self._call("chat/completions", lambda reply: reply["choices"][0]["message"]["content"], model=self.model,
-                              messages=[dict(role="user", content=question)], temperature=0, max_tokens=8))
+        said = str(self.call("chat/completions", lambda reply: reply["choices"][0]["message"]["content"], model=self.model,
+                             messages=[dict(role="user", content=question)], temperature=0, max_tokens=8))
         letter = (re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is\b)", said)   # it begins with its choice, or ends with it
                   or re.search(r"\b([AB])\W*$", said))
         return {"A": 1.0, "B": 0.0}[letter[1]] if letter else 0.5
@@ -222,7 +204,8 @@ def measure(items, answers, heard, scores, encoders, preferences=None):
             for name, encode in encoders.items() if all(gold) else ():   # without references a judge alone compares
                 both = encode([*said, *(refs[0] for refs in gold)])
                 per_item[name] = (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist()
-            per_item["log π_T"] = [scores[i] for i in chosen]
+            if scores[chosen[0]] is not None:
+                per_item["log π_T"] = [scores[i] for i in chosen]
             if preferences:
                 per_item["judged"] = [100 * preferences[i] for i in chosen]
         else:
@@ -347,7 +330,7 @@ def available(args):
 def ask(args, systems):
     """Every system's answer to one recording."""
     wave = common.read_audio(args.ask)
-    model = common.SpeechLM(vars(args))
+    model = common.load_speechlm(vars(args))
     heard = model.listen([wave])
     print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {heard[0]['text']}")
     for system in systems:
@@ -561,7 +544,7 @@ def main():
     rank, world, device = common.setup_processes()
     if rank == 0:
         common.claim(args.work / "results.json")
-        judge = args.judge and (ServedJudge(args.judge) if re.match("https?://", args.judge) else RewardJudge(args.judge, device))
+        judge = args.judge and (ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device))
     if args.data:
         source, folder, items, broken = common.read_set(args.data, args.language)
     else:
@@ -575,20 +558,24 @@ def main():
     if len(languages) > 1:
         raise UserError(f"{source}: translations into {' and '.join(sorted(languages))}; give a file for each language")
     name = source.stem + "".join(f"-{language}" for language in languages if ":" in (args.data or ""))   # one file may have many targets
-    model = common.SpeechLM(vars(args), device)
-    encoders, teacher = dict(similarity=WordLlama(), semantic=common.Embedder(args.embedder, device)), common.Teacher(model, args.teacher)
+    model = common.load_speechlm(vars(args), device)
+    encoders, teacher = dict(similarity=WordLlama(), semantic=common.Embedder(args.embedder, device)), None
+    try:
+        teacher = common.Teacher(model, args.teacher)
+    except UserError as error:                            # log pi_T and the wins by it are left out
+        tqdm.write(f"no log π_T: {error}") if rank == 0 else None
     data_key = common.digest(items)
     window = args.window if source.parent == args.work / "data" else 30.0
     measured, trained = {}, {without_seed(system): [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
                              for system, history in histories.items()}
     sound = [i for i, item in enumerate(items) if item["id"] not in broken]
-    unheard_row = dict(text="", ids=[], states=torch.zeros(0, model.asr.dims.n_text_state).half())
+    unheard_row = dict(text="", ids=[], states=torch.zeros(0, model.width).half())
     heard = {}
     for condition in conditions:
         heard[condition] = [unheard_row] * len(items)
         for i, row in zip(sound, common.listen_to_split(model, args.work, source, [items[i] for i in sound], condition, window, rank, world, folder)):
             heard[condition][i] = row
-    sounds = {condition: common.digest([(row["ids"], row["states"].numpy().tobytes().hex()) for row in rows]) for condition, rows in heard.items()}
+    sounds = {condition: common.digest([(row["ids"], row["states"].view(torch.int16).numpy().tobytes().hex()) for row in rows]) for condition, rows in heard.items()}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
     work = [(condition, system) for condition in conditions for system in systems
             if not (system == "text" and condition != conditions[0])]

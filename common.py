@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
 import json
@@ -21,12 +22,14 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from collections import Counter
 from datetime import timedelta
@@ -48,6 +51,7 @@ try:                                                      # the scripts import t
     import whisper.normalizers
     import whisper.tokenizer
     from torch import nn
+    from torch.utils.checkpoint import checkpoint
     from tqdm import tqdm
 except (ImportError, OSError) as problem:                 # OSError: a shared library, as of torchaudio for another CUDA
     print(f"error: {' '.join(str(problem).split())[:200]}: a package is missing, or torch and torchaudio are not of one version and "
@@ -60,7 +64,6 @@ SYSTEM = "You are a voice assistant. Answer in one short sentence."  # the one s
 SPLITS = ("train", "valid", "test")
 TASKS = ("instruct", "sqa", "s2tt")
 UNTRAINED = ("text", "cascade", "init")                   # systems of 04 that need no checkpoint
-MICRO = 1024                                              # tokens a forward pass of the LLM in training
 PROMPT_TOKENS = 40                                        # of a prompt without the words: to size micro-batches
 BRIDGE_LR = 0.03                                          # see make_optimizer
 
@@ -69,7 +72,7 @@ BRIDGE_LR = 0.03                                          # see make_optimizer
 # responses an update, `rl_steps` updates: that budget is also given to `sft+` and `kd` (02).
 _EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
                  reward_model="none", language="French", instruction_tokens=32, max_new=64, max_seconds=9.0, wer_bound=0.10,
-                 k=4, beta=0.01, baseline="loo", rewards="semantic=1,task=1", lora_r=16, conditions="clean,babble:5",
+                 k=4, beta=0.01, micro_tokens=1024, checkpointing=False, baseline="loo", rewards="semantic=1,task=1", lora_r=16, conditions="clean,babble:5",
                  voices="piper-joe*30,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo",
                  unheard_voices="kokoro-jf_gongitsune,kokoro-jf_nezumi")
 PRESETS = {
@@ -80,8 +83,8 @@ PRESETS = {
     # Full-scale models [ours]; named so that a run is one flag away, not run by us: see the README's limits.
     "paper": _EMBEDDED | dict(teacher="Qwen/Qwen2.5-7B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
                               whisper="large-v3", embedder="sentence-transformers/all-MiniLM-L6-v2",
-                              reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B", voices="vits-vctk*100",
-                              unheard_voices="vits-vctk*9", rewards="rm=1", max_new=256, instruction_tokens=96,
+                              reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B", voices="kakao-enterprise/vits-vctk#0-99",
+                              unheard_voices="kakao-enterprise/vits-vctk#100-108", checkpointing=True, rewards="rm=1", max_new=256, instruction_tokens=96,
                               max_seconds=30.0, n_train=100_000, n_valid=1000, n_test=3000, sft_steps=1500,
                               batch_size=64, lr=1e-4, rl_steps=1500, rl_prompts=64, rl_lr=1e-5),
 }
@@ -107,6 +110,8 @@ def parse_args(doc, flags, argv=None):
     parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="working directory")
     parser.add_argument("--seed", type=int, default=0, help="every random number of the run derives from it")
+    parser.add_argument("--teacher", help="a causal LM: directory, hub id; for 01 also one behind a URL, http://HOST:PORT/v1#MODEL")
+    parser.add_argument("--student", help="a causal LM, put together with Whisper, or a published SpeechLM: directory or hub id")
     for name, options in flags.items():
         parser.add_argument(f"--{name}", **({"default": None} | options))
     args = parser.parse_args(argv)
@@ -114,19 +119,21 @@ def parse_args(doc, flags, argv=None):
         raise UserError(f"--preset {args.preset}: no such preset; one of {', '.join(PRESETS)}")
     given = {key: value for key, value in vars(args).items() if value is not None}
     for key, value in given.items():
-        least, flag = 1 if key in ("max_steps", "batch_size", "k") else 0, f"--{key.replace('_', '-')}"
+        least, flag = 1 if key in ("max_steps", "batch_size", "k", "micro_tokens") else 0, f"--{key.replace('_', '-')}"
         if isinstance(value, (int, float)) and not least <= value <= 1e9:
             raise UserError(f"{flag} {value}: must be a number of at least {least} and at most 1e9")
         if value == "":
             raise UserError(f"{flag}: empty; leave the flag out for its default")
     if not re.fullmatch(r"[\w+-]{1,80}", given.get("out", "x")) or given.get("out") in UNTRAINED:
         raise UserError(f"--out {given['out']}: a name of letters, digits, _, + and -, other than {', '.join(UNTRAINED)}")
-    if given["work"].joinpath("data", "config.json").is_file() and "n_train" not in vars(args):   # 01 compares all of it
+    flags = vars(args)
+    args = argparse.Namespace(**(flags | PRESETS[args.preset] | given), given=given)
+    if given["work"].joinpath("data", "config.json").is_file() and "n_train" not in flags:   # 01 compares all of it
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-            made = json.loads(given["work"].joinpath("data", "config.json").read_text())["config"]["preset"]
-            if made != args.preset:
-                raise UserError(f"--preset {args.preset}: the data in {args.work} were made with --preset {made}; use that, or another --work")
-    args = argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
+            made = json.loads(given["work"].joinpath("data", "config.json").read_text())["config"]
+            for key, own in (("preset", args.preset), ("teacher", args.teacher.rpartition("#")[2])):
+                if made[key] != own:
+                    raise UserError(f"--{key} {own}: the data in {args.work} were made with --{key} {made[key]}; use that, or another --work")
     args.window = min(30.0, args.max_seconds + 3)         # seconds of audio Whisper gets: the speech, then silence
     return args
 
@@ -154,7 +161,9 @@ def run(main):
             time.sleep(2)                                 # torchrun ends the others when one has ended
         if isinstance(error, BrokenPipeError):            # the reader of a pipe has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        advice = "; out of memory: use a smaller --batch-size or --k" if short and not isinstance(error, UserError) else ""
+        flags = [f"--{flag}" for flag in ("micro-tokens", "k", "batch-size") if flag in getattr(sys.modules["__main__"], "FLAGS", {})]
+        advice = (f"; out of memory: use a smaller {', '.join(flags) or 'model, or fewer processes on this machine'}"
+                  if short and not isinstance(error, UserError) else "")
         print(f"error: {' '.join(str(error).split())[:1000]}{advice}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -793,16 +802,24 @@ def loading(name, kind):
         raise UserError(f"{name}: no {kind} can be loaded ({type(error).__name__}: {reason}); {remedy}") from None
 
 
-def load_llm(name, dtype=None):
+def load_llm(name, dtype=None, device_map=None):
     """(tokenizer, causal LM in eval mode) of a resolved name; bfloat16 where the hardware has it, else float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    if is_url(name):
+        raise UserError(f"teacher {name}: a served model writes texts, for 01, but can't score tokens: kd, the logp reward and --token-reward "
+                        "need its weights here; use semantic, task or rm rewards")
     with loading(name, "causal LM") as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or native_dtype(), trust_remote_code=False)
+        llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or native_dtype(), device_map=device_map, trust_remote_code=False)
+    return checked(tokenizer, name), llm.eval().requires_grad_(False)
+
+
+def checked(tokenizer, name):
+    """The tokenizer of a model that can chat."""
     if not tokenizer.chat_template:
         raise UserError(f"{name}: its tokenizer has no chat template; give an instruction-tuned model")
     tokenizer.clean_up_tokenization_spaces = False        # decoding must give the words as they were
-    return tokenizer, llm.eval().requires_grad_(False)
+    return tokenizer
 
 
 def native_dtype():
@@ -815,6 +832,30 @@ def load_whisper(name, device="cpu"):
     with loading(name, "Whisper model") as path:
         model = whisper.load_model(path + "/model.pt" if name in EMBEDDED else path, device=device)
     return model.float().eval().requires_grad_(False)
+
+
+def is_url(name):
+    return str(name).startswith(("http://", "https://"))
+
+
+class Served:
+    """A model behind an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): http://HOST:PORT/v1, or …/v1#MODEL."""
+
+    def __init__(self, spec):
+        self.url, _, self.model = spec.partition("#")
+        self.model = self.model or self.call("models", lambda reply: reply["data"][0]["id"])
+        self.name = f"{self.url}#{self.model}"
+
+    def call(self, route, pick, **body):
+        """What `pick` takes of the reply; UserError where there is none of the kind."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
+        try:
+            request = urllib.request.Request(f"{self.url.rstrip('/')}/{route}", json.dumps(body).encode() if body else None, headers)
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                return pick(json.load(reply))
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:   # refused, an HTTP status, another protocol
+            raise UserError(f"{self.url}: no answer from {route} ({str(error)[:100]}); check the URL and that the server runs, then run "
+                            "the same command again to go on") from None
 
 
 class Embedder:
@@ -852,16 +893,22 @@ class RewardModel:
             if info["missing_keys"] or info["mismatched_keys"] or not self.tokenizer.chat_template:
                 raise ValueError(f"it lacks {next(iter(info['missing_keys']), 'a chat template')}: give a trained one")
         self.model.to(device).eval()
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"             # it scores the last token that is no padding
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     @torch.inference_mode()
-    def __call__(self, items, answers):
-        scores = []
-        for item, answer in zip(items, answers):
-            said = item["text"] + (f"\n{item['prompt']}" if item["prompt"] else "")
-            ids = self.tokenizer.apply_chat_template([{"role": "user", "content": said},
-                                                      {"role": "assistant", "content": answer}], return_tensors="pt",
-                                                     return_dict=True).to(self.model.device)
-            scores.append(float(self.model(**ids).logits[0, 0]))
+    def __call__(self, items, answers, batch_size=32):
+        """N items, N answers -> list of N floats."""
+        said = [item["text"] + (f"\n{item['prompt']}" if item["prompt"] else "") for item in items]
+        texts = [self.tokenizer.apply_chat_template([{"role": "user", "content": x}, {"role": "assistant", "content": y}], tokenize=False)
+                 for x, y in zip(said, answers)]
+        order, scores = sorted(range(len(texts)), key=lambda i: len(texts[i])), [0.0] * len(texts)
+        for at in range(0, len(order), batch_size):
+            chosen = order[at:at + batch_size]
+            batch = self.tokenizer([texts[i] for i in chosen], padding=True, add_special_tokens=False, return_tensors="pt").to(self.model.device)
+            for i, score in zip(chosen, self.model(**batch).logits[:, 0].tolist()):
+                scores[i] = score
         return scores
 
 
@@ -1009,10 +1056,15 @@ def perturb(wave, condition, seed, others=()):
 
 
 def parse_voices(spec):
-    """"piper-joe*30,kokoro-jf_alpha" -> {"piper-joe": 30, "kokoro-jf_alpha": 1}: voices and their weights."""
+    """"piper-joe*30,kokoro-jf_alpha" -> {"piper-joe": 30, "kokoro-jf_alpha": 1}: voices and their weights. "NAME#0-99" is a hundred:
+    the speakers NAME#0 to NAME#99 of one model."""
     weights = {}
     for entry in spec.split(","):
         name, _, weight = entry.partition("*")
+        if speakers := re.fullmatch(r"(.+)#(\d+)-(\d+)", name):
+            name, first, last = speakers[1], int(speakers[2]), int(speakers[3])
+            weights |= {f"{name}#{i}": 1 for i in range(first, last + 1)}
+            continue
         if not name or not (weight or "1").isdecimal() or int(weight or 1) < 1:
             raise UserError(f"voices {spec}: {entry or 'an empty entry'} is not NAME or NAME*WEIGHT, a weight of 1 or more")
         weights[name] = int(weight or 1)
@@ -1101,11 +1153,9 @@ def chat_parts(tokenizer, prompt="", system=SYSTEM):
     return ids(before), ids(after), ids(end)[0]
 
 
-def around(tokenizer, llm, middle, prompt):
-    """The chat template's embeddings around `middle` (n, d), the user's words as text or speech -> (T, d)."""
-    before, after, _ = chat_parts(tokenizer, prompt)
-    table = llm.get_input_embeddings()
-    before, after = (table(torch.tensor(ids, device=middle.device)) for ids in (before, after))
+def around(llm, before, middle, after):
+    """The embeddings of the chat template's ids before and after `middle` (n, d), the user's words as text or speech -> (T, d)."""
+    before, after = (llm.get_input_embeddings()(torch.tensor(ids, device=middle.device)) for ids in (before, after))
     return torch.cat([before, middle.to(before.dtype), after])
 
 
@@ -1114,7 +1164,16 @@ def text_prompts(tokenizer, llm, texts, prompts):
     table = llm.get_input_embeddings()
     words = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long,
                           device=table.weight.device) for text in texts]
-    return [around(tokenizer, llm, table(ids), p) for ids, p in zip(words, prompts)]
+    parts = {p: chat_parts(tokenizer, p) for p in set(prompts)}
+    return [around(llm, parts[p][0], table(ids), parts[p][1]) for ids, p in zip(words, prompts)]
+
+
+def load_speechlm(config, device="cpu", dtype=None):
+    """The SpeechLM of a configuration: a published one where `student` is one that transformers knows, else assembled."""
+    from transformers import AutoConfig
+    with loading(config["student"], "model") as path:
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+    return (PublishedSpeechLM if kind in PUBLISHED else SpeechLM)(config, device, dtype)
 
 
 class SpeechLM(nn.Module):
@@ -1134,18 +1193,28 @@ class SpeechLM(nn.Module):
         super().__init__()
         from peft import LoraConfig, get_peft_model
         self.config, self.device = {k: config[k] for k in ("student", "whisper", "lora_r")}, torch.device(device)
-        self.tokenizer, llm = load_llm(config["student"], dtype)
-        self.asr = load_whisper(config["whisper"], device)
-        lora = LoraConfig(r=config["lora_r"], lora_alpha=2 * config["lora_r"], target_modules="all-linear")
+        llm = self._load(config, device, dtype)           # and the tokenizer, Whisper, the bridge
+        inside = set(llm.get_decoder().modules())         # a published model has more than an LLM
+        linears = [name for name, layer in llm.named_modules() if isinstance(layer, nn.Linear) and layer in inside]
+        lora = LoraConfig(r=config["lora_r"], lora_alpha=2 * config["lora_r"], target_modules=linears)
         torch.manual_seed(0)                              # LoRA's A starts the same on every process
         self.llm = get_peft_model(llm, lora).to(device).eval()
         for layer in self.llm.modules():                  # autocast casts LoRA's input; peft would copy it to float32 before
             if hasattr(layer, "cast_input_dtype_enabled"):
                 layer.cast_input_dtype_enabled = False
-        self.bridge = nn.Linear(self.asr.dims.n_text_state, self.llm.config.hidden_size, bias=False, device=device)   # W
-        nn.init.zeros_(self.bridge.weight)
+        if config.get("checkpointing"):
+            for layer in llm.get_decoder().layers:
+                recompute(layer, llm.get_decoder())
         self.end_id = chat_parts(self.tokenizer)[2]
         self._initial = {name: p.detach().clone() for name, p in self.trainable().items()}
+
+    def _load(self, config, device, dtype):
+        self.tokenizer, llm = load_llm(config["student"], dtype)
+        self.asr = load_whisper(config["whisper"], device)
+        self.width = self.asr.dims.n_text_state           # of what `listen` keeps
+        self.bridge = nn.Linear(self.width, llm.config.hidden_size, bias=False, device=device)   # W
+        nn.init.zeros_(self.bridge.weight)
+        return llm
 
     # ---- speech -> what Whisper made of it -> vectors
     def listen(self, waves, window=30.0):
@@ -1172,7 +1241,12 @@ class SpeechLM(nn.Module):
     # ---- prompts and answers
     def speech_prompts(self, heard, prompts):
         """Results of `listen` and typed requests p -> list of (T_i, d) input embeddings; gradients reach the bridge."""
-        return [around(self.tokenizer, self.llm, vectors, p) for vectors, p in zip(self.hear(heard), prompts)]
+        parts = {p: self.speech_parts(p) for p in set(prompts)}
+        return [around(self.llm, parts[p][0], vectors, parts[p][1]) for vectors, p in zip(self.hear(heard), prompts)]
+
+    def speech_parts(self, prompt):
+        """Token ids of the prompt before and after the speech."""
+        return chat_parts(self.tokenizer, prompt)[:2]
 
     def answer_ids(self, text):
         """y as token ids with the end-of-turn token."""
@@ -1235,6 +1309,78 @@ class SpeechLM(nn.Module):
         return held
 
 
+PUBLISHED = {"qwen2_audio": "Qwen2AudioForConditionalGeneration", "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+             "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration"}   # transformers' model_type: its class
+
+
+class PublishedSpeechLM(SpeechLM):
+    """A SpeechLM of transformers: LoRA in its LLM learns, its audio encoder and projector stay as they are. Whisper's transcript is for
+    `cascade` and WER alone.
+
+    What its LLM reads at the audio tokens is taken where the model's own code hands it over: nothing here knows a model's inside.
+    """
+
+    def _load(self, config, device, dtype):
+        import transformers
+        with loading(config["student"], "SpeechLM") as path:
+            kind = transformers.AutoConfig.from_pretrained(path).model_type
+            self.processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
+            llm = getattr(transformers, PUBLISHED[kind]).from_pretrained(path, dtype=dtype or native_dtype(), trust_remote_code=False)
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.chat_template = self.tokenizer.chat_template or self.processor.chat_template
+        self.tokenizer.clean_up_tokenization_spaces = False
+        self.audio_id = self.tokenizer.convert_tokens_to_ids(self.processor.audio_token)
+        self.asr, self.bridge = load_whisper(config["whisper"], device), nn.Identity()
+        self.width = llm.get_input_embeddings().weight.shape[1]
+        return llm.to(device).eval().requires_grad_(False)
+
+    def _speech_prompt(self, prompt):
+        content = [{"type": "audio", "audio_url": "speech"}] + ([{"type": "text", "text": prompt}] if prompt else [])
+        return self.tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+                                                  chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=True)
+
+    def speech_parts(self, prompt):
+        return [self.tokenizer(part, add_special_tokens=False).input_ids
+                for part in self._speech_prompt(prompt).split(self.processor.audio_token)]
+
+    @torch.inference_mode()
+    def listen(self, waves, window=30.0):
+        """list of (samples,) -> list of {text, ids (the audio token, n times), states (n, d_llm), what the LLM reads there}."""
+        class Taken(Exception):
+            pass
+
+        def take(module, args, given):
+            raise Taken(given["inputs_embeds"])
+        texts = [row["text"] for row in listen(self.asr, waves, window)]
+        inputs = self.processor(text=[self._speech_prompt("")] * len(waves), audio=[wave.numpy() for wave in waves], padding=True,
+                                return_tensors="pt", sampling_rate=RATE).to(self.device)
+        hook = self.llm.get_base_model().get_decoder().register_forward_pre_hook(take, with_kwargs=True)
+        try:
+            with autocast(self.llm):
+                self.llm(**inputs)
+        except Taken as found:
+            embeds = found.args[0]                                                         # (N, T, d_llm)
+        finally:
+            hook.remove()
+        vectors = [row[ids == self.audio_id].to(native_dtype()).cpu() for row, ids in zip(embeds, inputs["input_ids"])]
+        return [dict(text=text, ids=[self.audio_id] * len(own), states=own) for text, own in zip(texts, vectors)]
+
+    def hear(self, heard):
+        return [row["states"].to(self.device, torch.float32) for row in heard]
+
+
+def recompute(layer, body):
+    """Activation checkpointing: a layer keeps its input alone and is computed once more in the backward pass."""
+    forward = layer.forward
+
+    def again(*args, **options):
+        if not torch.is_grad_enabled():
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (
+            contextlib.nullcontext(), grouped(body)), **options)
+    layer.forward = again
+
+
 _CONTENT = {"rba-speechlm-1": {"config": dict, "state": dict}, "rba-heard-1": {"key": str, "heard": list},
             "rba-resume-1": {"step": int, "state": dict, "optimizer": dict, "rng": torch.Tensor}}
 
@@ -1244,7 +1390,7 @@ def load_checkpoint(path, kind):
     if not Path(path).exists():
         raise UserError(f"{Path(path).absolute()}: missing; run the stage that writes it first (same --work)")
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "rba-heard-1")   # what was heard stays on disk until read
         if not isinstance(held, dict) or held.get("format") != kind:
             raise ValueError("not written by this repo")
         lacking = [name for name, type_ in _CONTENT[kind].items() if not isinstance(held.get(name), type_)]
@@ -1315,7 +1461,7 @@ def autocast(llm):
 
 def _body_and_head(llm):
     inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
-    return inner.base_model, inner.get_output_embeddings()
+    return inner.get_decoder(), inner.get_output_embeddings()
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
@@ -1414,7 +1560,7 @@ def token_log_probs(llm, states, ids):
     return by_chunks(lambda h, y: -F.cross_entropy(head(h).float(), y, reduction="none"), states, ids)
 
 
-def token_batches(lengths, limit=MICRO):
+def token_batches(lengths, limit):
     """Neighbours in batches of at most `limit` tokens, the padding included (one alone may be longer): list of ranges."""
     batches, start, widest = [], 0, 0
     for i, length in enumerate(lengths):
@@ -1438,7 +1584,8 @@ def merged_linears(llm):
         layout = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), layout, bias, "none", [], "")
     layers, inside = [], set()
-    for layer in llm.modules():
+    body, head = _body_and_head(llm)
+    for layer in (*body.modules(), head):
         lora = isinstance(layer, LoraLayer)
         if not isinstance(layer, nn.Linear) and not lora or layer in inside:
             continue
@@ -1472,7 +1619,7 @@ class KeyValues:
         return tuple(held[:, :, :self.used + 1] for held in self.layers[layer])
 
     def select(self, rows):
-        self.layers = [[held[rows] for held in layer] for layer in self.layers]
+        self.layers = [[held[rows.to(held.device)] for held in layer] for layer in self.layers]
 
 
 def sample(llm, *args, **options):
@@ -1542,14 +1689,16 @@ def decode(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
 class Teacher:
     """pi_T reading text: the SpeechLM's own LLM with LoRA off where teacher and student are one, else its own weights.
 
-    Scoring tokens needs identical token ids; UserError where the two tokenizers differ.
+    Scoring tokens needs identical token ids (but for special tokens that one of them has more); UserError where the tokenizers differ,
+    and for a served teacher.
     """
 
     def __init__(self, model, name):
         self.model, self.llm = model, None
         if name != model.config["student"]:
             tokenizer, self.llm = load_llm(name)
-            if tokenizer.get_vocab() != model.tokenizer.get_vocab() or chat_parts(tokenizer)[2] != model.end_id:
+            words, own = ({token: i for token, i in t.get_vocab().items() if t.added_tokens_decoder.get(i) is None} for t in (tokenizer, model.tokenizer))
+            if words != own or chat_parts(tokenizer)[2] != model.end_id:
                 raise UserError(f"teacher {name} and student {model.config['student']} have different token ids: kd, the "
                                 "logp reward and --token-reward can't be computed; use semantic, task or rm rewards")
             self.llm.to(model.device)
@@ -1633,6 +1782,58 @@ def load_resume(path, model, optimizer, log):
         if rank() == 0:
             write_jsonl(log, rows)
     return step, best, [row.get("grad_norm") is None for row in rows]
+
+
+def blueprint(name):
+    """The LLM or SpeechLM of a name, without its weights."""
+    import transformers
+    with loading(name, "model") as path, torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = getattr(config, "thinker_config", config)
+        if config.model_type in PUBLISHED:
+            return getattr(transformers, PUBLISHED[config.model_type])(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+WHISPER = {"tiny": 38, "base": 73, "small": 242, "medium": 764, "large": 1543, "turbo": 809}   # millions of parameters
+
+
+def estimate_memory(args, rows=0, others=()):
+    """{part: GB} at the peak of a process that trains, from the models' configurations alone. [ours]
+
+    rows: sequences it samples at once; others: names of models beside the student. Without the libraries (about 0.8 GB of a CPU
+    process, 0.5 GB of a GPU's).
+    """
+    models, width = {name: blueprint(name) for name in {args.student, *others}}, native_dtype().itemsize
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    body, head = _body_and_head(models[args.student])
+    config, linears = body.config, [layer for layer in body.modules() if isinstance(layer, nn.Linear)]
+    lora = sum(args.lora_r * (layer.in_features + layer.out_features) for layer in linears)
+    whisper_size = next((size for kind, size in WHISPER.items() if kind in args.whisper), 1543) * 1e6
+    # what autograd keeps of a layer for each token: 10 vectors of the hidden size in the LLM's precision, 4 of the MLP's inner size
+    kept = args.micro_tokens * width * (10 * config.hidden_size + 4 * config.intermediate_size)
+    layers, prompt = config.num_hidden_layers, 2 * PROMPT_TOKENS
+    if type(models[args.student]).__name__ in PUBLISHED.values():
+        prompt += int(25 * args.max_seconds)              # vectors a second of speech
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parts = {"weights": width * sum(counts.values()) + 4 * whisper_size, "LoRA, its gradients and AdamW": 16 * lora,
+             "activations": kept + layers * args.micro_tokens * width * config.hidden_size if args.checkpointing else kept * layers,
+             "logits of a chunk": 4 * 4 * 256 * head.out_features}
+    if rows:
+        parts |= {"merged weights while sampling": width * (sum(layer.weight.numel() for layer in linears) + head.weight.numel()),
+                  "keys and values": rows * (prompt + args.max_new) * layers * 2 * config.num_key_value_heads * size * width}
+    return {part: value / 1e9 for part, value in parts.items()}
+
+
+def print_memory(args=None, rows=0, others=()):
+    """With arguments the estimate, before anything is loaded; without, what this process came to."""
+    if args is None:
+        peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"peak memory of a process, measured: {peak:.1f} GB " + ("allocated by torch" if torch.cuda.is_available() else "resident"))
+    elif not any(is_url(name) for name in others):
+        parts = estimate_memory(args, rows, others)
+        print(f"peak memory of a process, estimated: {sum(parts.values()):.1f} GB and the libraries: "
+              + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
 
 
 def pyplot():

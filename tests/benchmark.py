@@ -223,7 +223,7 @@ def one_update(way):
                 prompts = [prompt for prompt in prompts for _ in range(K)]
             loss = -log_probs(model.llm, *common.answer_states(model.llm, prompts, some)).sum()
         loss.backward()
-    for chunk in common.token_batches([len(chat) + K * ANSWER for chat in chats]) if way == "ours" else [range(PROMPTS)]:
+    for chunk in common.token_batches([len(chat) + K * ANSWER for chat in chats], 1024) if way == "ours" else [range(PROMPTS)]:
         if chunk.start == 0:
             embed(torch.zeros(1, dtype=torch.long, device=device))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -242,7 +242,7 @@ def bench_synthesis(model):
     tokenizer, llm = common.load_llm("smollm2-135m")
     args = common.parse_args("", synthesis.FLAGS, [])
     seconds, rows = timed(lambda: [row for stream in common.TASKS for row in
-                                   synthesis.write_texts((tokenizer, llm.to(model.device), model.device), stream, 0, args)])
+                                   synthesis.write_texts((tokenizer, llm.to(model.device)), stream, 0, args)])
     kept = [row for row in rows if not row["dropped"]]
     voices = synthesis.Voices("piper-joe")
     voices.say("piper-joe", "Hello.", 1.0)

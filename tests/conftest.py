@@ -74,3 +74,32 @@ def waves():
     voices = stage("01_synthesize").Voices("piper-joe")
     spoken = [voices.say("piper-joe", text, 1.0) for text in SENTENCES]
     return [torchaudio.functional.resample(torch.from_numpy(np.asarray(wave)), rate, common.RATE) for wave, rate in spoken]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """`transformers serve` of the embedded LLM: (URL, model). pip install 'transformers[serving]' first."""
+    import socket
+    import subprocess
+    import time
+    import urllib.request
+    pytest.importorskip("fastapi")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    name, log = common.resolve("smollm2-135m"), tmp_path_factory.mktemp("served") / "log"
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port), name]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-2000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1", name
+    finally:
+        process.terminate()
+        process.wait()

@@ -153,7 +153,7 @@ def test_a_set_that_is_none_is_one_line(tmp_path):
 def run(tmp_path, model, monkeypatch):
     """04 on a set, by the untrained systems -> results.json's content."""
     def go(spec, *flags, systems=("text", "init"), name):
-        monkeypatch.setattr(common, "SpeechLM", lambda *_: model)
+        monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
         monkeypatch.setattr(evaluate, "available", lambda args: [*systems])
         monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "work"), "--data", spec, *flags])
         evaluate.main()
@@ -255,7 +255,7 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
     assert sum("Answer A: Bake." in text for _, text in asked) == sum("Answer B: Bake." in text for _, text in asked) == 1
     assert [sum("Request: " + item["text"] in text for _, text in asked) for item in ITEMS] == [2, 0, 2, 2]
     broken.append(True)
-    with pytest.raises(common.UserError, match="--judge http://127.0.0.1.*run the same command again"):
+    with pytest.raises(common.UserError, match="http://127.0.0.1.*run the same command again"):
         evaluate.compare_answers(judge, path, ITEMS, "other", *ANSWERS)
     for url in ("http://127.0.0.1:9/v1", "http://127.0.0.1:port/v1", "http://[/v1"):
         with pytest.raises(common.UserError, match="no answer from models"):
@@ -267,7 +267,7 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
 def test_a_judges_verdict_is_read(reply, expected, monkeypatch):
     judge = evaluate.ServedJudge.__new__(evaluate.ServedJudge)
     judge.model = "x"
-    monkeypatch.setattr(judge, "_call", lambda route, pick, **_: pick({"choices": [{"message": {"content": reply}}]}), raising=False)
+    monkeypatch.setattr(judge, "call", lambda route, pick, **_: pick({"choices": [{"message": {"content": reply}}]}), raising=False)
     assert judge.prefers(ITEMS[0], "a", "b") == expected
 
 
@@ -288,37 +288,14 @@ def test_judgements_enter_the_table_with_and_without_length(model):
 
 
 @pytest.mark.slow
-def test_a_model_that_transformers_serves_can_judge(tmp_path):
-    """pip install 'transformers[serving]' first."""
-    import socket
-    import subprocess
-    import time
-    import urllib.request
-    pytest.importorskip("fastapi")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    name = common.resolve("smollm2-135m")
-    command = [str(common.Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port), name]
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
-                time.sleep(1)
-        judge = evaluate.ServedJudge(f"http://127.0.0.1:{port}/v1#{name}")
-        forth, back, same = (evaluate.compare_answers(judge, tmp_path / f"{i}.jsonl", ITEMS, "k", *pair)
-                             for i, pair in enumerate((ANSWERS, ANSWERS[::-1], ANSWERS[:1] * 2)))
-        assert all(value in (0, 0.25, 0.5, 0.75, 1) for value in forth if value is not None)
-        assert [a is None or a + b == 1 for a, b in zip(forth, back)] == [True] * 4          # its taste for a position cancels
-        assert same == [0.5, None, 0.5, 0.5]
-    finally:
-        server.terminate()
-        server.wait()
+def test_a_model_that_transformers_serves_can_judge(server, tmp_path):
+    url, name = server
+    judge = evaluate.ServedJudge(f"{url}#{name}")
+    forth, back, same = (evaluate.compare_answers(judge, tmp_path / f"{i}.jsonl", ITEMS, "k", *pair)
+                         for i, pair in enumerate((ANSWERS, ANSWERS[::-1], ANSWERS[:1] * 2)))
+    assert all(value in (0, 0.25, 0.5, 0.75, 1) for value in forth if value is not None)
+    assert [a is None or a + b == 1 for a, b in zip(forth, back)] == [True] * 4              # its taste for a position cancels
+    assert same == [0.5, None, 0.5, 0.5]
 
 
 # ------------------------------------------------------------------------------------------------------ statistics

@@ -56,7 +56,7 @@ def test_whisper_does_not_repeat_itself_endlessly(model):
     synthesize = stage("01_synthesize")
     item = dict(text="The building has heavy seismic loads to provide safety from earthquakes.", seed=4542988587387902846, split="test")
     voices, unheard = (synthesize.Voices(common.PRESETS["tiny"][name]) for name in ("voices", "unheard_voices"))
-    wave, voice, _ = synthesize.speak(voices, unheard, item)
+    [(wave, voice, _)] = synthesize.speak(voices, unheard, [item])
     [heard] = common.listen(model.asr, [wave], 12.0)
     assert voice == "kokoro-jf_nezumi" and common.word_errors(item["text"], heard["text"])[0] <= 2
 
@@ -105,7 +105,7 @@ def test_the_untrained_speechlm_reads_what_the_cascade_reads(model, sounds):
 def test_kokoro_speaks_too(model):
     item = dict(text=SENTENCES[0], seed=1, split="train")
     voices = stage("01_synthesize").Voices("kokoro-jf_alpha")
-    wave, voice, _ = stage("01_synthesize").speak(voices, voices, item)
+    [(wave, voice, _)] = stage("01_synthesize").speak(voices, voices, [item])
     assert voice == "kokoro-jf_alpha" and 1 < len(wave) / common.RATE < 6
     [heard] = common.listen(model.asr, [wave], 12.0)
     assert common.word_errors(item["text"], heard["text"])[0] <= 1
@@ -114,9 +114,9 @@ def test_kokoro_speaks_too(model):
 def test_a_speech_item_is_drawn_from_its_seed():
     synthesize = stage("01_synthesize")
     voices, other_voices = synthesize.Voices("piper-joe"), synthesize.Voices("kokoro-jf_nezumi")
-    first, again, other = (synthesize.speak(voices, other_voices, dict(text=SENTENCES[1], seed=seed, split="train")) for seed in (5, 5, 6))
+    first, again, other = synthesize.speak(voices, other_voices, [dict(text=SENTENCES[1], seed=seed, split="train") for seed in (5, 5, 6)], 2)
     assert torch.equal(first[0], again[0]) and first[1:] == again[1:] and first[2] != other[2]
-    tests = [synthesize.speak(voices, other_voices, dict(text=SENTENCES[2], seed=seed, split="test")) for seed in range(8)]
+    tests = synthesize.speak(voices, other_voices, [dict(text=SENTENCES[2], seed=seed, split="test") for seed in range(8)])
     assert {voice for _, voice, _ in tests} == {"piper-joe", "kokoro-jf_nezumi"}        # unheard voices, only here
     assert {described.split()[0] for _, _, described in tests} == {"clean"}
 

@@ -69,7 +69,7 @@ def test_ask_prints_every_systems_answer(work, tmp_path, model, monkeypatch, cap
     question = work / "data" / common.read_items(work, "test_all")[0]["audio"]
     out, _ = finish(start("04_evaluate.py", work, ["--ask", question]))
     assert all(f"{name} |" in out for name in ("cascade", "sft", "kd", "sft+", "rba", "rba+opd"))
-    monkeypatch.setattr(common, "SpeechLM", lambda *_: model)
+    monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
     monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "nothing"), "--ask", str(question)])
     stage("04_evaluate").main()
     out = capsys.readouterr().out

@@ -410,7 +410,7 @@ def test_bad_input_is_one_line(name, copy, model, monkeypatch, capsys):
     for size, value in TEST_SIZES.items():
         monkeypatch.setattr(stage("01_synthesize"), size, value, raising=False)
     monkeypatch.setattr(common, "RewardModel", common.RewardModel)
-    monkeypatch.setattr(common, "SpeechLM", lambda *_: model)   # loaded once; what it is given is what fails
+    monkeypatch.setattr(common, "load_speechlm", lambda *_: model)   # loaded once; what it is given is what fails
     monkeypatch.chdir(copy)
     with contextlib.ExitStack() as restored:
         restored.enter_context(mock.patch.dict(os.environ))     # what a case sets does not outlive it
@@ -465,7 +465,7 @@ def train_sft(work, model, tmp_path, monkeypatch):
     """02's main() in this process, on the session's model: train_sft(flags) in a working directory of its own."""
     link_tree(work / "data", tmp_path / "data")
     link_tree(work / "heard", tmp_path / "heard")
-    monkeypatch.setattr(common, "SpeechLM", lambda *_: model)
+    monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["02_sft_warmup.py", "--work", str(tmp_path), "--objective", "sft", "--batch-size", "2", *map(str, flags)])
