@@ -99,6 +99,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+_LOWER = []                                               # this script's flags that need less memory when they are lower
+
+
 def parse_args(doc, flags, argv=None):
     """Preset + flags -> Namespace with every number of the run; unknown flag, preset or value: UserError.
 
@@ -115,6 +118,7 @@ def parse_args(doc, flags, argv=None):
     for name, options in flags.items():
         parser.add_argument(f"--{name}", **({"default": None} | options))
     args = parser.parse_args(argv)
+    _LOWER[:] = [f"--{flag}" for flag in ("micro-tokens", "k", "batch-size") if flag in flags]
     if args.preset not in PRESETS:
         raise UserError(f"--preset {args.preset}: no such preset; one of {', '.join(PRESETS)}")
     given = {key: value for key, value in vars(args).items() if value is not None}
@@ -126,9 +130,8 @@ def parse_args(doc, flags, argv=None):
             raise UserError(f"{flag}: empty; leave the flag out for its default")
     if not re.fullmatch(r"[\w+-]{1,80}", given.get("out", "x")) or given.get("out") in UNTRAINED:
         raise UserError(f"--out {given['out']}: a name of letters, digits, _, + and -, other than {', '.join(UNTRAINED)}")
-    flags = vars(args)
-    args = argparse.Namespace(**(flags | PRESETS[args.preset] | given), given=given)
-    if given["work"].joinpath("data", "config.json").is_file() and "n_train" not in flags:   # 01 compares all of it
+    args = argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
+    if given["work"].joinpath("data", "config.json").is_file() and "n-train" not in flags:   # 01 compares all of it
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             made = json.loads(given["work"].joinpath("data", "config.json").read_text())["config"]
             for key, own in (("preset", args.preset), ("teacher", args.teacher.rpartition("#")[2])):
@@ -161,8 +164,7 @@ def run(main):
             time.sleep(2)                                 # torchrun ends the others when one has ended
         if isinstance(error, BrokenPipeError):            # the reader of a pipe has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        flags = [f"--{flag}" for flag in ("micro-tokens", "k", "batch-size") if flag in getattr(sys.modules["__main__"], "FLAGS", {})]
-        advice = (f"; out of memory: use a smaller {', '.join(flags) or 'model, or fewer processes on this machine'}"
+        advice = (f"; out of memory: use a smaller {', '.join(_LOWER) or 'model, or fewer processes on this machine'}"
                   if short and not isinstance(error, UserError) else "")
         print(f"error: {' '.join(str(error).split())[:1000]}{advice}", file=sys.stderr, flush=True)
         sys.exit(2)

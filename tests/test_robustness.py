@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -551,6 +552,19 @@ def test_memory_is_flat_over_1_000_updates(small):
                     PRESET=json.dumps(preset))
     samples = memory_of(process, lambda: log.read_bytes().count(b"\n"))
     assert len(common.read_jsonl(log)) == 1000 and growth(samples, 100, 1000) < 100
+
+
+@pytest.mark.slow
+def test_the_memory_estimate_is_near_the_peak(work, tmp_path):
+    """Of the real models, updates of the default size; the libraries take 0.8 GB. Run with -s to see both."""
+    shutil.copytree(work / "data", tmp_path / "data")
+    shutil.copy(work / "sft.pt", tmp_path)
+    for script, flags in (("02_sft_warmup.py", ["--objective", "sft", "--out", "a", "--max-steps", 4, "--batch-size", 6]),
+                          ("03_rba_rl.py", ["--max-steps", 3, "--batch-size", 6, "--k", 4, "--token-reward", 0.1])):
+        out, _ = finish(start(script, tmp_path, flags))
+        estimated, measured = (float(re.search(rf"peak memory of a process, {word}: ([\d.]+) GB", out)[1]) for word in ("estimated", "measured"))
+        print(f"\n{script}: estimated {estimated} + 0.8, measured {measured} GB")
+        assert 0.6 * measured < estimated + 0.8 < 1.5 * measured
 
 
 def small_whisper(path):
