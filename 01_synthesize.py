@@ -80,19 +80,22 @@ class Unlike:
     Jaccard >= threshold."""
 
     def __init__(self, threshold=0.7):
-        self.threshold, self.holders, self.sizes, self.rows = threshold, {}, [], []
+        self.threshold, self.holders, self.grams, self.rows = threshold, {}, [], []
 
     def twin(self, text):
         """Index of an earlier text that is a near duplicate, or None; the text is added if there is none."""
         words = ["<"] + re.findall(r"[a-z0-9]+", text.lower()) + [">"]
         grams = set(zip(words, words[1:]))
-        shared = Counter(j for gram in grams for j in self.holders.get(gram, ()))
-        for j, n in sorted(shared.items()):
-            if n / (len(grams) + self.sizes[j] - n) >= self.threshold:
+        # so much is shared that any few of the grams hold one that is: the rarest have the fewest texts to compare with
+        few = len(grams) - math.ceil(self.threshold * len(grams) - 1e-9) + 1
+        rare = sorted(grams, key=lambda gram: len(self.holders.get(gram, ())))[:few]
+        for j in sorted({j for gram in rare for j in self.holders.get(gram, ())}):
+            n = len(grams & self.grams[j])
+            if n / (len(grams) + len(self.grams[j]) - n) >= self.threshold:
                 return j
         for gram in grams:
-            self.holders.setdefault(gram, []).append(len(self.sizes))
-        self.sizes.append(len(grams))
+            self.holders.setdefault(gram, []).append(len(self.grams))
+        self.grams.append(grams)
         return None
 
     def add(self, rows):
@@ -121,22 +124,18 @@ class ServedTeacher(common.Served):
         super().__init__(spec)
         with common.loading(self.model, "tokenizer") as path:
             self.tokenizer = common.checked(AutoTokenizer.from_pretrained(path), self.model)
-        self.dialect, problem = None, None
-        for dialect in ("vllm", "transformers"):          # how to switch top-k and the like off is no part of the standard
-            self.dialect = self.dialect or dialect
-            try:
-                self.ask("Hello", 0, 1, 0, 1.0)
-                break
-            except UserError as error:
-                self.dialect, problem = None, problem or error
-        if not self.dialect:
-            raise problem
+        self.dialect = "vllm"                             # how to switch top-k and the like off is no part of the standard
+        try:
+            self.ask("Hello", 0, 1, 0, 1.0)
+        except common.Refused:
+            self.dialect = "transformers"
+            self.ask("Hello", 0, 1, 0, 1.0)
 
     def ask(self, prompt, end_id, max_new, seed, temperature):
         """-> (text, ended); seed None: greedy."""
         greedy = seed is None
         if self.dialect == "vllm":
-            own = dict(top_k=-1, repetition_penalty=1.0, stop=[self.tokenizer.decode([end_id])])
+            own = dict(top_k=-1, repetition_penalty=1.0, stop_token_ids=[end_id])
         else:
             own = dict(generation_config=json.dumps(dict(do_sample=not greedy, top_k=0, eos_token_id=end_id, pad_token_id=end_id)))
         return self.call("completions", lambda reply: (str(reply["choices"][0]["text"]), reply["choices"][0]["finish_reason"] == "stop"),
@@ -489,7 +488,8 @@ def main():
             served = ServedTeacher(address)
             loaded["llm"] = served.tokenizer, served
         elif "llm" not in loaded:
-            spread = world == 1 and torch.cuda.device_count() > 1   # a large teacher over all GPUs of a node, by one process
+            spread = world == 1 and torch.cuda.device_count() > 1 and (   # a teacher too large for one GPU, by one process over all
+                sum(p.numel() for p in common.blueprint(args.teacher).parameters()) * 2.2 > torch.cuda.get_device_properties(0).total_memory)
             tokenizer, llm = common.load_llm(args.teacher, device_map="auto" if spread else None)
             loaded["llm"] = tokenizer, llm if spread else llm.to(device)
         return loaded["llm"]
@@ -503,6 +503,8 @@ def main():
     voices, unheard = Voices(args.voices, device), Voices(args.unheard_voices, device)
     if not (data / "config.json").exists():               # what can't be loaded leaves no configuration behind
         teacher(), asr()
+        for own in (voices, unheard):
+            own.say_all([(name, "Hello.", 1.0) for name in own.weights if "#" in name])
     if rank == 0:
         common.record_config(data / "config.json", config)
     common.barrier()

@@ -21,6 +21,7 @@ results.md, results.png.
     python 04_evaluate.py --draw FILE.json     table and plot of a results.json again
 """
 import contextlib
+import hashlib
 import json
 import re
 from collections import Counter
@@ -563,7 +564,9 @@ def main():
     try:
         teacher = common.Teacher(model, args.teacher)
     except UserError as error:                            # log pi_T and the wins by it are left out
-        tqdm.write(f"no log π_T: {error}") if rank == 0 else None
+        tqdm.write(f"no log π_T: {error}")
+    if not all(common.gather([teacher is not None])):     # of all processes alike
+        teacher = None
     data_key = common.digest(items)
     window = args.window if source.parent == args.work / "data" else 30.0
     measured, trained = {}, {without_seed(system): [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
@@ -575,14 +578,14 @@ def main():
         heard[condition] = [unheard_row] * len(items)
         for i, row in zip(sound, common.listen_to_split(model, args.work, source, [items[i] for i in sound], condition, window, rank, world, folder)):
             heard[condition][i] = row
-    sounds = {condition: common.digest([(row["ids"], row["states"].view(torch.int16).numpy().tobytes().hex()) for row in rows]) for condition, rows in heard.items()}
+    sounds = {condition: digest_of_sounds(rows) for condition, rows in heard.items()}
     # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
     work = [(condition, system) for condition in conditions for system in systems
             if not (system == "text" and condition != conditions[0])]
     for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
         checkpoint = args.work / f"{system}.pt"
         key = " ".join(map(str, (data_key, sounds[condition] if system != "text" else "", common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
-                                 args.teacher, args.whisper, args.max_new, window, common.SYSTEM)))
+                                 args.teacher, bool(teacher), args.whisper, args.max_new, window, common.SYSTEM)))
         path = answers_path(args.work, name, system, condition)
         held = read_answers(path) if path.exists() else []
         if at % world == rank and [row.get("key") for row in held] != [key] * len(items):
@@ -637,6 +640,14 @@ def draw(path):
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--draw {path}: no results.json of this script ({type(error).__name__}: {str(error)[:80]}); run 04_evaluate.py "
                         "to make one") from None
+
+
+def digest_of_sounds(rows):
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row["ids"]).encode())
+        digest.update(row["states"].contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()[:16]
 
 
 def answers_path(work, name, system, condition):

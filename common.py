@@ -29,6 +29,8 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
+import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter
@@ -78,7 +80,7 @@ _EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whispe
 PRESETS = {
     "tiny": _EMBEDDED | dict(n_train=48, n_valid=12, n_test=45, sft_steps=10, batch_size=16, lr=3e-4, rl_steps=6,
                              rl_prompts=4, rl_lr=2e-4),
-    "small": _EMBEDDED | dict(n_train=3000, n_valid=300, n_test=900, sft_steps=200, batch_size=16, lr=3e-4, rl_steps=150,
+    "small": _EMBEDDED | dict(n_train=3000, n_valid=300, n_test=900, sft_steps=60, batch_size=16, lr=1e-4, rl_steps=50,
                               rl_prompts=8, rl_lr=1e-4),
     # Full-scale models [ours]; named so that a run is one flag away, not run by us: see the README's limits.
     "paper": _EMBEDDED | dict(teacher="Qwen/Qwen2.5-7B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
@@ -156,10 +158,13 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         short = isinstance(error, MemoryError) or "memory" in str(error).lower()   # torch's are RuntimeErrors
         if isinstance(error, RuntimeError) and not short:
-            raise
+            traceback.print_exc()
+            _leave(1)
         if rank():                                        # of several processes with the same message the first prints it:
             time.sleep(2)                                 # torchrun ends the others when one has ended
         if isinstance(error, BrokenPipeError):            # the reader of a pipe has gone
@@ -167,13 +172,20 @@ def run(main):
         advice = (f"; out of memory: use a smaller {', '.join(_LOWER) or 'model, or fewer processes on this machine'}"
                   if short and not isinstance(error, UserError) else "")
         print(f"error: {' '.join(str(error).split())[:1000]}{advice}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave(130)
+
+
+def _leave(code):
+    """Exit; of several processes at once, as NCCL's own end would wait for the others, which wait in a collective for this one."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -598,9 +610,13 @@ def batch_at(n_items, batch_size, step, *seed):
     indices = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, offset = divmod(position, n_items)
-        generator = torch.Generator().manual_seed(derive_seed(*seed, "order", epoch))
-        indices.append(int(torch.randperm(n_items, generator=generator)[offset]))
+        indices.append(int(_order(n_items, derive_seed(*seed, "order", epoch))[offset]))
     return indices
+
+
+@functools.lru_cache(2)
+def _order(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 # --------------------------------------------------------------------------------------------------- models
@@ -831,13 +847,18 @@ def native_dtype():
 
 def load_whisper(name, device="cpu"):
     """openai-whisper's model from the embedded checkpoint, a .pt file or one of its own names; float32, frozen."""
-    with loading(name, "Whisper model") as path:
+    with loading(name, "Whisper model") as path, open(cache_dir() / "whisper.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                  # whisper's own download knows no other process
         model = whisper.load_model(path + "/model.pt" if name in EMBEDDED else path, device=device)
     return model.float().eval().requires_grad_(False)
 
 
 def is_url(name):
     return str(name).startswith(("http://", "https://"))
+
+
+class Refused(UserError):
+    """A server that does not know a field of the request."""
 
 
 class Served:
@@ -851,13 +872,18 @@ class Served:
     def call(self, route, pick, **body):
         """What `pick` takes of the reply; UserError where there is none of the kind."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
-        try:
-            request = urllib.request.Request(f"{self.url.rstrip('/')}/{route}", json.dumps(body).encode() if body else None, headers)
-            with urllib.request.urlopen(request, timeout=600) as reply:
-                return pick(json.load(reply))
-        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:   # refused, an HTTP status, another protocol
-            raise UserError(f"{self.url}: no answer from {route} ({str(error)[:100]}); check the URL and that the server runs, then run "
-                            "the same command again to go on") from None
+        for attempt in range(3):                          # a server under load resets connections
+            try:
+                request = urllib.request.Request(f"{self.url.rstrip('/')}/{route}", json.dumps(body).encode() if body else None, headers)
+                with urllib.request.urlopen(request, timeout=600) as reply:
+                    return pick(json.load(reply))
+            except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:   # refused, another protocol
+                status = getattr(error, "code", None)     # of HTTP
+                if attempt == 2 or not isinstance(error, OSError) or status in (400, 401, 403, 404, 422):
+                    kind = Refused if status in (400, 422) else UserError
+                    raise kind(f"{self.url}: no answer from {route} ({str(error)[:100]}); check the URL and that the server runs, then run "
+                               "the same command again to go on") from None
+                time.sleep(1 + 2 * attempt)
 
 
 class Embedder:
@@ -895,8 +921,12 @@ class RewardModel:
             if info["missing_keys"] or info["mismatched_keys"] or not self.tokenizer.chat_template:
                 raise ValueError(f"it lacks {next(iter(info['missing_keys']), 'a chat template')}: give a trained one")
         self.model.to(device).eval()
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"             # it scores the last token that is no padding
+        own, spare = self.model.config.get_text_config().pad_token_id, "<|finetune_right_pad_id|>"   # Llama 3's
+        if own is not None:
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(own)
+        elif self.tokenizer.pad_token is None:            # eos may end a chat, and the last token that is no padding is what is scored
+            self.tokenizer.pad_token = spare if spare in self.tokenizer.get_vocab() else self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     @torch.inference_mode()
@@ -1065,7 +1095,7 @@ def parse_voices(spec):
         name, _, weight = entry.partition("*")
         if speakers := re.fullmatch(r"(.+)#(\d+)-(\d+)", name):
             name, first, last = speakers[1], int(speakers[2]), int(speakers[3])
-            weights |= {f"{name}#{i}": 1 for i in range(first, last + 1)}
+            weights |= {f"{name}#{i}": int(weight or 1) for i in range(first, last + 1)}
             continue
         if not name or not (weight or "1").isdecimal() or int(weight or 1) < 1:
             raise UserError(f"voices {spec}: {entry or 'an empty entry'} is not NAME or NAME*WEIGHT, a weight of 1 or more")
@@ -1582,7 +1612,7 @@ def merged_linears(llm):
 
     def packed(weight, bias):
         if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return lambda x: F.linear(x.to(weight.dtype), weight, bias)
+            return lambda x: F.linear(x.to(weight.device, weight.dtype), weight, bias)
         layout = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), layout, bias, "none", [], "")
     layers, inside = [], set()
@@ -1596,13 +1626,15 @@ def merged_linears(llm):
         weight = base.weight
         for name in layer.active_adapters if lora and not layer.disable_adapters else ():
             weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+        layers.append((layer, layer.__dict__.get("forward")))   # accelerate's, where a model stands on several GPUs
         layer.forward = packed(weight, base.bias)
-        layers.append(layer)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in layers:
             del layer.forward
+            if forward:
+                layer.forward = forward
 
 
 class KeyValues:
@@ -1621,7 +1653,9 @@ class KeyValues:
         return tuple(held[:, :, :self.used + 1] for held in self.layers[layer])
 
     def select(self, rows):
-        self.layers = [[held[rows.to(held.device)] for held in layer] for layer in self.layers]
+        for layer in self.layers:                         # one by one: old and new of all of them would be twice the memory
+            for i, held in enumerate(layer):
+                layer[i] = held[rows.to(held.device)]
 
 
 def sample(llm, *args, **options):
@@ -1651,7 +1685,7 @@ def decode(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
     sees = real[:, None, None, :width].expand(-1, 1, width, -1).tril()                     # (N, 1, T, T)
     bias, cache = _bias(real[:, None, None], table.weight.dtype), KeyValues(max_new)       # (N, 1, 1, T + max_new)
     hidden = body(inputs_embeds=embeds, attention_mask=_bias(sees, bias.dtype), past_key_values=cache, use_cache=True,
-                  position_ids=(at[:width] - (width - sizes)[:, None]).clamp(min=0)).last_hidden_state[:, -1]   # (N, d)
+                  position_ids=(at[:width] - (width - sizes)[:, None]).clamp(min=0)).last_hidden_state[:, -1].to(device)   # (N, d)
     # ---- each prompt's keys once for every sample
     alive = torch.arange(sum(counts), device=device)                                       # the rows of the batch
     owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)   # (rows,)
@@ -1662,7 +1696,7 @@ def decode(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
                                for row in seeds for seed in row]).to(device, torch.float32)   # (rows, max_new)
     out, ended = [[] for _ in owner], [False] * len(owner)
     for t in range(max_new):
-        logits = head(hidden).float()                                                  # (alive, V)
+        logits = head(hidden).float().to(device)                                       # (alive, V)
         if seeds is None:
             token = logits.argmax(-1)
         else:
@@ -1682,7 +1716,7 @@ def decode(llm, prompts, end_id, max_new, seeds=None, temperature=1.0):
             alive, token, bias, sizes = alive[going], token[going], bias[going], sizes[going]
         cache.used = width + t
         hidden = body(inputs_embeds=table(token)[:, None], attention_mask=bias[..., :width + t + 1],
-                      position_ids=(sizes + t)[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+                      position_ids=(sizes + t)[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0].to(device)
     results = iter(zip(out, ended))
     return [[next(results) for _ in range(count)] for count in counts]
 
@@ -1699,7 +1733,8 @@ class Teacher:
         self.model, self.llm = model, None
         if name != model.config["student"]:
             tokenizer, self.llm = load_llm(name)
-            words, own = ({token: i for token, i in t.get_vocab().items() if t.added_tokens_decoder.get(i) is None} for t in (tokenizer, model.tokenizer))
+            words, own = ({token: i for token, i in t.get_vocab().items() if i not in special}
+                          for t in (tokenizer, model.tokenizer) for special in [t.added_tokens_decoder])
             if words != own or chat_parts(tokenizer)[2] != model.end_id:
                 raise UserError(f"teacher {name} and student {model.config['student']} have different token ids: kd, the "
                                 "logp reward and --token-reward can't be computed; use semantic, task or rm rewards")
