@@ -38,6 +38,7 @@ FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
          "micro-tokens": dict(type=int, help="tokens a forward pass; lower it when memory runs out"),
          "lr": dict(type=float, help="peak learning rate")}
 SAVE_EVERY = 25                                           # updates between resume files
+VALIDATED = 96                                            # items of valid whose NLL is watched; learning rates are chosen by 04 on all
 
 
 # -------------------------------------------------------------------------------------------------- objectives
@@ -157,10 +158,13 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
     sizes = [common.PROMPT_TOKENS + len(row["ids"]) + length for row, length in zip(heard, lengths)]
     facts |= dict(history=[*parent.get("history", []), dict(facts)])
 
+    order = random.Random(0).sample(range(len(data["valid"][0])), len(data["valid"][0]))
+    shuffled = [[rows[i] for i in order] for rows in data["valid"]]
+
     def validated(row, step):
         """Add the validation to a log row; keep the checkpoint if it is the best so far; write what a kill needs."""
         nonlocal best
-        sums = answer_nll(model, *data["valid"]).sum(0)
+        sums = answer_nll(model, *(rows[:VALIDATED] for rows in shuffled)).sum(0)
         row["valid_nll"] = score = float(sums[0] / sums[1])
         if rank == 0:
             if best is None or score < best:              # never by a NaN

@@ -313,6 +313,8 @@ def answer_all(model, system, items, heard, max_new, batch_size=64):
 
 def available(args):
     """Systems to run, in the tables' order; UserError for one that has no checkpoint."""
+    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: the shipped ones
+        args.work = Path(__file__).resolve().with_name("assets")
     held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
     held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
     chosen = [*dict.fromkeys(args.systems.split(","))] if args.systems else held

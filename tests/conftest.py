@@ -53,8 +53,9 @@ def work(tmp_path_factory):
         return finish(start(script, folder, flags, **environment))[0]
     run("01_synthesize.py", *DATA)
     run("02_sft_warmup.py", *TRAIN)
-    run("03_rba_rl.py", "--max-steps", 2, "--batch-size", 2, "--k", 2, "--out", "rba")
+    rba = start("03_rba_rl.py", folder, ["--max-steps", 2, "--batch-size", 2, "--k", 2, "--out", "rba"])     # beside the next
     run("03_rba_rl.py", *BOTH, FLOAT32=1, ROLLOUTS=folder / "rba+opd.rollouts", GRADIENTS=folder / "rba+opd.gradients")
+    finish(rba)
     (folder / "stdout.txt").write_text(run("04_evaluate.py", *SYSTEMS))
     return folder
 

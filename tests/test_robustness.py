@@ -554,6 +554,17 @@ def test_memory_is_flat_over_1_000_updates(small):
     assert len(common.read_jsonl(log)) == 1000 and growth(samples, 100, 1000) < 100
 
 
+@pytest.mark.parametrize("script, flags", [("02_sft_warmup", "--micro-tokens, --batch-size"), ("03_rba_rl", "--micro-tokens, --k, --batch-size")])
+def test_memory_that_runs_out_names_the_flags_to_lower(script, flags, capsys):
+    def main():
+        common.parse_args("", stage(script).FLAGS, [])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(SystemExit) as ended:
+        common.run(main)
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.endswith(f"; out of memory: use a smaller {flags}")
+
+
 @pytest.mark.slow
 def test_the_memory_estimate_is_near_the_peak(work, tmp_path):
     """Of the real models, updates of the default size; the libraries take 0.8 GB. Run with -s to see both."""
