@@ -1836,10 +1836,10 @@ WHISPER = {"tiny": 38, "base": 73, "small": 242, "medium": 764, "large": 1543, "
 
 
 def estimate_memory(args, rows=0, others=()):
-    """{part: GB} at the peak of a process that trains, from the models' configurations alone. [ours]
+    """{part: GB} of what torch allocates in a process that trains, from the models' configurations alone. [ours]
 
-    rows: sequences it samples at once; others: names of models beside the student. Without the libraries (about 0.8 GB of a CPU
-    process, 0.5 GB of a GPU's).
+    rows: sequences it samples at once; others: names of models beside the student. A CPU process holds three times that: libraries, and
+    freed blocks, which `run` has malloc keep.
     """
     models, width = {name: blueprint(name) for name in {args.student, *others}}, native_dtype().itemsize
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
@@ -1847,8 +1847,8 @@ def estimate_memory(args, rows=0, others=()):
     config, linears = body.config, [layer for layer in body.modules() if isinstance(layer, nn.Linear)]
     lora = sum(args.lora_r * (layer.in_features + layer.out_features) for layer in linears)
     whisper_size = next((size for kind, size in WHISPER.items() if kind in args.whisper), 1543) * 1e6
-    # what autograd keeps of a layer for each token: 10 vectors of the hidden size in the LLM's precision, 4 of the MLP's inner size
-    kept = args.micro_tokens * width * (10 * config.hidden_size + 4 * config.intermediate_size)
+    # what autograd was seen to keep of a layer for each token: 12 vectors of the hidden size in the LLM's precision, 5 of the MLP's inner size
+    kept = args.micro_tokens * width * (12 * config.hidden_size + 5 * config.intermediate_size)
     layers, prompt = config.num_hidden_layers, 2 * PROMPT_TOKENS
     if type(models[args.student]).__name__ in PUBLISHED.values():
         prompt += int(25 * args.max_seconds)              # vectors a second of speech
@@ -1869,8 +1869,8 @@ def print_memory(args=None, rows=0, others=()):
         print(f"peak memory of a process, measured: {peak:.1f} GB " + ("allocated by torch" if torch.cuda.is_available() else "resident"))
     elif not any(is_url(name) for name in others):
         parts = estimate_memory(args, rows, others)
-        print(f"peak memory of a process, estimated: {sum(parts.values()):.1f} GB and the libraries: "
-              + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
+        print(f"peak memory of a process, estimated: {sum(parts.values()):.1f} GB allocated by torch ("
+              + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()) + "); on a CPU up to three times that is resident")
 
 
 def pyplot():
