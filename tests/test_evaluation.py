@@ -161,6 +161,7 @@ def run(tmp_path, model, monkeypatch):
     return go
 
 
+@pytest.mark.slow
 def test_sets_of_one_task_and_two_targets(tmp_path, waves, run):
     """Translations into one language are none into the other; every table and figure does with what there is."""
     spec, _, _ = fleurs(tmp_path, waves)

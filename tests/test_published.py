@@ -180,6 +180,7 @@ def run(monkeypatch, work, tmp_path):
     return go
 
 
+@pytest.mark.slow
 def test_a_published_student_goes_through_all_stages(folder, run, capsys):
     """Its tokenizer is the teacher's with special tokens of its own: kd and opd can be computed."""
     if "omni" in folder.name:
@@ -209,6 +210,7 @@ def foreign(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_tokens(foreign, run, work, model, tmp_path, capsys):
     """What it wrote is learned from and rewarded; what needs its token log-probabilities says so in one line, or is left out."""
     with pytest.raises(common.UserError, match="different token ids"):
