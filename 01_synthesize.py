@@ -19,7 +19,6 @@ The unit of work is a numbered batch seeded by (seed, stream, batch): kills and 
     python 01_synthesize.py                                       one process
     torchrun --nproc_per_node 8 01_synthesize.py --preset small   one node
 """
-import functools
 import json
 import math
 import os
@@ -143,6 +142,7 @@ class ServedTeacher(common.Served):
                          seed=0 if greedy else seed % 2 ** 31, **own)
 
     def continuations(self, prompts, end_id, max_new, seeds, temperature):
+        """Token id lists -> a list of (text, ended) each: one greedy, or one for each seed."""
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         if self.tokenizer("").input_ids:                  # the server puts it before the prompt by itself
             texts = [text.removeprefix(self.tokenizer.bos_token) for text in texts]
@@ -152,17 +152,25 @@ class ServedTeacher(common.Served):
             return [[future.result() for future in own] for own in waiting]
 
 
-def local_continuations(tokenizer, llm, prompts, end_id, max_new, seeds, temperature):
-    """The same by a model of our own, prompts sorted by length into batches of BATCH."""
-    order, results, table = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts), llm.get_input_embeddings()
-    for at in range(0, len(order), BATCH):
-        chosen = order[at:at + BATCH]
-        with common.autocast(llm), torch.inference_mode():
-            embeds = [table(torch.tensor(prompts[i], device=table.weight.device)) for i in chosen]
-            found = common.sample(llm, embeds, end_id, max_new, seeds, temperature)
-        for i, replies in zip(chosen, found):
-            results[i] = [(tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in replies]
-    return results
+class LocalTeacher:
+    """The teacher as a model of our own; weights that one GPU does not hold go over all of them, where one process runs."""
+
+    def __init__(self, name, device, world=1):
+        spread = world == 1 and torch.cuda.device_count() > 1 and (
+            sum(p.numel() for p in common.blueprint(name).parameters()) * 2.2 > torch.cuda.get_device_properties(0).total_memory)
+        self.tokenizer, self.llm = common.load_llm(name, device_map="auto" if spread else None)
+        if not spread:
+            self.llm.to(device)
+
+    def continuations(self, prompts, end_id, max_new, seeds, temperature):
+        results, table = [None] * len(prompts), self.llm.get_input_embeddings()
+        for chosen in common.by_length([len(prompt) for prompt in prompts], BATCH):
+            with common.autocast(self.llm), torch.inference_mode():
+                embeds = [table(torch.tensor(prompts[i], device=table.weight.device)) for i in chosen]
+                found = common.sample(self.llm, embeds, end_id, max_new, seeds, temperature)
+            for i, replies in zip(chosen, found):
+                results[i] = [(self.tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in replies]
+        return results
 
 
 def write_texts(teacher, stream, batch, args):
@@ -170,7 +178,7 @@ def write_texts(teacher, stream, batch, args):
 
     A row: id, task, text, response, reference, ended, and `dropped`, the first filter it failed ("" if none).
     """
-    tokenizer, llm = teacher
+    tokenizer = teacher.tokenizer
     system, opener, temperature = None, "", 1.0
     if stream == "sqa":
         system, opener, temperature = QUIZ, OPENERS[batch % len(OPENERS)], 0.8
@@ -181,9 +189,7 @@ def write_texts(teacher, stream, batch, args):
     before = before + tokenizer(opener, add_special_tokens=False).input_ids
 
     def continuations(prompts, max_new, seeds=None):
-        """Token id lists -> a list of (text, ended) each: one greedy, or one for each seed."""
-        return (llm.continuations if isinstance(llm, ServedTeacher) else functools.partial(local_continuations, tokenizer, llm))(
-            prompts, end_id, max_new, seeds, temperature)
+        return teacher.continuations(prompts, end_id, max_new, seeds, temperature)
 
     seeds = [[derive_seed(args.seed, stream, batch, row) for row in range(BATCH)]]
     rows = []
@@ -484,14 +490,8 @@ def main():
     common.barrier()
 
     def teacher():
-        if "llm" not in loaded and common.is_url(address):
-            served = ServedTeacher(address)
-            loaded["llm"] = served.tokenizer, served
-        elif "llm" not in loaded:
-            spread = world == 1 and torch.cuda.device_count() > 1 and (   # a teacher too large for one GPU, by one process over all
-                sum(p.numel() for p in common.blueprint(args.teacher).parameters()) * 2.2 > torch.cuda.get_device_properties(0).total_memory)
-            tokenizer, llm = common.load_llm(args.teacher, device_map="auto" if spread else None)
-            loaded["llm"] = tokenizer, llm if spread else llm.to(device)
+        if "llm" not in loaded:
+            loaded["llm"] = ServedTeacher(address) if common.is_url(address) else LocalTeacher(args.teacher, device, world)
         return loaded["llm"]
 
     def asr():

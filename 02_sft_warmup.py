@@ -244,7 +244,7 @@ def main():
                             "use a smaller --batch-size")
 
     if rank == 0:
-        common.print_memory(args, others={args.teacher} - {args.student} if any(run[1] == "kd" for run in runs) else ())
+        common.print_estimate(args, others={args.teacher} - {args.student} if any(run[1] == "kd" for run in runs) else ())
     model = common.load_speechlm(vars(args), device)
     data = {}
     for split, path, own in (("train", args.source, folder), ("valid", args.work / "data" / "valid.jsonl", None)):
@@ -275,7 +275,7 @@ def main():
     for name, objective, init, numbers in runs:
         train(model, name, objective, init, data=data, args=args, rank=rank, world=world, teacher=teacher, **numbers)
     if rank == 0:
-        common.print_memory()
+        common.print_peak()
 
 
 if __name__ == "__main__":

@@ -346,7 +346,7 @@ def main():
     if rank == 0:
         others = {args.teacher if any(token or "logp" in own for _, own, token in runs) else args.student} - {args.student}
         others |= {args.reward_model} - {"none"} if any("rm" in own for _, own, _ in runs) else set()
-        common.print_memory(args, math.ceil(args.rl_prompts / world) * args.k, others)
+        common.print_estimate(args, math.ceil(args.rl_prompts / world) * args.k, others)
     model = common.load_speechlm(vars(args), device)
     data = items, common.listen_to_split(model, args.work, args.work / "data" / "train.jsonl", items,
                                           window=args.window, rank=rank, world=world)
@@ -362,7 +362,7 @@ def main():
                 continue
         train(model, teacher, name, weights, token_weight, init, data, args, rank, world)
     if rank == 0:
-        common.print_memory()
+        common.print_peak()
 
 
 if __name__ == "__main__":

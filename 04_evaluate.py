@@ -295,11 +295,10 @@ def answer_all(model, system, items, heard, max_new, batch_size=64):
     around = {p: sum(map(len, common.chat_parts(tokenizer, p)[:2])) for p in set(requests)}
     texts = [row["text"] for row in (items if system == "text" else heard)]
     lengths = [around[p] + len(tokenizer(text, add_special_tokens=False).input_ids) for p, text in zip(requests, texts)]
-    order, answers = sorted(range(len(items)), key=lambda i: lengths[i]), [None] * len(items)
+    answers = [None] * len(items)
     with torch.inference_mode(), tqdm(total=len(items), desc=f"answer {system}", unit="item", leave=False) as bar, (
             model.as_text_llm() if as_text else contextlib.nullcontext(model.llm)) as llm:
-        for at in range(0, len(order), batch_size):
-            chosen = order[at:at + batch_size]
+        for chosen in common.by_length(lengths, batch_size):
             asked = [requests[i] for i in chosen]
             prompts = (common.text_prompts(tokenizer, llm, [texts[i] for i in chosen], asked) if as_text else
                        model.speech_prompts([heard[i] for i in chosen], asked))

@@ -30,7 +30,6 @@ import subprocess
 import sys
 import time
 import traceback
-import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter
@@ -668,6 +667,19 @@ def cache_dir():
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rba"
 
 
+@contextlib.contextmanager
+def _alone(name):
+    """One process at a time, by a lock in the model cache."""
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        lock = open(cache_dir() / f"{name}.lock", "w")
+    except OSError as error:
+        raise UserError(f"{cache_dir()}: cannot be written ({error.strerror}); set RBA_CACHE to another directory") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def resolve(name):
     """A model's name -> what its loader takes: an existing path, a directory of the embedded set, or a hub id."""
     if Path(name).exists():
@@ -677,13 +689,7 @@ def resolve(name):
     target = cache_dir() / name
     if (target / "complete").exists():
         return str(target)
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = open(cache_dir() / f"{name}.lock", "w")
-    except OSError as error:
-        raise UserError(f"{cache_dir()}: cannot be written ({error.strerror}); set RBA_CACHE to another directory") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                  # a second process waits here and then finds it complete
+    with _alone(name):                                    # a second process waits here and then finds it complete
         if not (target / "complete").exists():
             folder, parts = (cache_dir() / f".{name}.{kind}" for kind in ("download", "parts"))
             for half_filled in (target, folder, parts):   # what a kill left
@@ -847,8 +853,7 @@ def native_dtype():
 
 def load_whisper(name, device="cpu"):
     """openai-whisper's model from the embedded checkpoint, a .pt file or one of its own names; float32, frozen."""
-    with loading(name, "Whisper model") as path, open(cache_dir() / "whisper.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                  # whisper's own download knows no other process
+    with _alone("whisper"), loading(name, "Whisper model") as path:   # whisper's own download knows no other process
         model = whisper.load_model(path + "/model.pt" if name in EMBEDDED else path, device=device)
     return model.float().eval().requires_grad_(False)
 
@@ -884,6 +889,12 @@ class Served:
                     raise kind(f"{self.url}: no answer from {route} ({str(error)[:100]}); check the URL and that the server runs, then run "
                                "the same command again to go on") from None
                 time.sleep(1 + 2 * attempt)
+
+
+def by_length(lengths, batch_size):
+    """Indices in batches of like length."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
 
 class Embedder:
@@ -935,9 +946,8 @@ class RewardModel:
         said = [item["text"] + (f"\n{item['prompt']}" if item["prompt"] else "") for item in items]
         texts = [self.tokenizer.apply_chat_template([{"role": "user", "content": x}, {"role": "assistant", "content": y}], tokenize=False)
                  for x, y in zip(said, answers)]
-        order, scores = sorted(range(len(texts)), key=lambda i: len(texts[i])), [0.0] * len(texts)
-        for at in range(0, len(order), batch_size):
-            chosen = order[at:at + batch_size]
+        scores = [0.0] * len(texts)
+        for chosen in by_length([len(text) for text in texts], batch_size):
             batch = self.tokenizer([texts[i] for i in chosen], padding=True, add_special_tokens=False, return_tensors="pt").to(self.model.device)
             for i, score in zip(chosen, self.model(**batch).logits[:, 0].tolist()):
                 scores[i] = score
@@ -1202,10 +1212,14 @@ def text_prompts(tokenizer, llm, texts, prompts):
 
 def load_speechlm(config, device="cpu", dtype=None):
     """The SpeechLM of a configuration: a published one where `student` is one that transformers knows, else assembled."""
+    return (PublishedSpeechLM if model_config(config["student"]).model_type in PUBLISHED else SpeechLM)(config, device, dtype)
+
+
+def model_config(name):
+    """The configuration that transformers has of a model."""
     from transformers import AutoConfig
-    with loading(config["student"], "model") as path:
-        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-    return (PublishedSpeechLM if kind in PUBLISHED else SpeechLM)(config, device, dtype)
+    with loading(name, "model") as path:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 class SpeechLM(nn.Module):
@@ -1354,13 +1368,13 @@ class PublishedSpeechLM(SpeechLM):
 
     def _load(self, config, device, dtype):
         import transformers
+        kind = model_config(config["student"]).model_type
         with loading(config["student"], "SpeechLM") as path:
-            kind = transformers.AutoConfig.from_pretrained(path).model_type
             self.processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
             llm = getattr(transformers, PUBLISHED[kind]).from_pretrained(path, dtype=dtype or native_dtype(), trust_remote_code=False)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.chat_template = self.tokenizer.chat_template or self.processor.chat_template
-        self.tokenizer.clean_up_tokenization_spaces = False
+        checked(self.tokenizer, config["student"])
         self.audio_id = self.tokenizer.convert_tokens_to_ids(self.processor.audio_token)
         self.asr, self.bridge = load_whisper(config["whisper"], device), nn.Identity()
         self.width = llm.get_input_embeddings().weight.shape[1]
@@ -1824,9 +1838,9 @@ def load_resume(path, model, optimizer, log):
 def blueprint(name):
     """The LLM or SpeechLM of a name, without its weights."""
     import transformers
-    with loading(name, "model") as path, torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config = getattr(config, "thinker_config", config)
+    config = model_config(name)
+    config = getattr(config, "thinker_config", config)
+    with loading(name, "model"), torch.device("meta"):
         if config.model_type in PUBLISHED:
             return getattr(transformers, PUBLISHED[config.model_type])(config)
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -1862,15 +1876,20 @@ def estimate_memory(args, rows=0, others=()):
     return {part: value / 1e9 for part, value in parts.items()}
 
 
-def print_memory(args=None, rows=0, others=()):
-    """With arguments the estimate, before anything is loaded; without, what this process came to."""
-    if args is None:
-        peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(f"peak memory of a process, measured: {peak:.1f} GB " + ("allocated by torch" if torch.cuda.is_available() else "resident"))
-    elif not any(is_url(name) for name in others):
+def print_estimate(args, rows=0, others=()):
+    """`estimate_memory` in one line. What can't be loaded is the loader's to say."""
+    with contextlib.suppress(UserError):
         parts = estimate_memory(args, rows, others)
         print(f"peak memory of a process, estimated: {sum(parts.values()):.1f} GB allocated by torch ("
               + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()) + "); on a CPU up to three times that is resident")
+
+
+def print_peak():
+    """What this process came to."""
+    peak, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "resident"
+    if torch.cuda.is_available():
+        peak, kind = torch.cuda.max_memory_allocated() / 1e9, "allocated by torch"
+    print(f"peak memory of a process, measured: {peak:.1f} GB {kind}")
 
 
 def pyplot():

@@ -239,10 +239,9 @@ def bench_memory():
 
 def bench_synthesis(model):
     """(d) no other way to compare with: rates of stage 1's own functions."""
-    tokenizer, llm = common.load_llm("smollm2-135m")
-    args = common.parse_args("", synthesis.FLAGS, [])
+    teacher, args = synthesis.LocalTeacher("smollm2-135m", model.device), common.parse_args("", synthesis.FLAGS, [])
     seconds, rows = timed(lambda: [row for stream in common.TASKS for row in
-                                   synthesis.write_texts((tokenizer, llm.to(model.device)), stream, 0, args)])
+                                   synthesis.write_texts(teacher, stream, 0, args)])
     kept = [row for row in rows if not row["dropped"]]
     voices = synthesis.Voices("piper-joe")
     voices.say("piper-joe", "Hello.", 1.0)

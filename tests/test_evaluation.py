@@ -40,25 +40,27 @@ def openaudiobench(folder, waves):
     return f"openaudiobench:{folder}", [("sqa", FRANCE, ["paris", "paris's city"]), ("sqa", MOON, ["neil, armstrong"])], ["c.wav", "a.wav#2"]
 
 
+def subset(folder, name, wave, table):
+    """Another subset of OpenAudioBench, of one recording."""
+    folder = folder / "eval_datas" / name
+    record(folder / "audios" / "a.wav", wave)
+    (folder / f"{name}.csv").write_text(table)
+    return f"openaudiobench:{folder}"
+
+
 def alpaca_eval(folder, waves):
-    folder = folder / "eval_datas" / "alpaca_eval"
-    record(folder / "audios" / "a.wav", waves[1])
-    (folder / "alpaca_eval.csv").write_text(f'instruction,output,audio_filename\n"{CHICKEN}","[Your Name] Grill it.",a.wav\n')
-    return f"openaudiobench:{folder}", [("instruct", CHICKEN, ["[Your Name] Grill it."])], []
+    spec = subset(folder, "alpaca_eval", waves[1], f'instruction,output,audio_filename\n"{CHICKEN}","[Your Name] Grill it.",a.wav\n')
+    return spec, [("instruct", CHICKEN, ["[Your Name] Grill it."])], []
 
 
 def web_questions(folder, waves):
-    folder = folder / "eval_datas" / "web_questions"
-    record(folder / "audios" / "a.wav", waves[0])
-    (folder / "web_questions.csv").write_text(f"question,answers,audio_filename\n{FRANCE},\"['Paris', 'Paris, France']\",a.wav\n")
-    return f"openaudiobench:{folder}", [("sqa", FRANCE, ["Paris", "Paris, France"])], []
+    spec = subset(folder, "web_questions", waves[0], f"question,answers,audio_filename\n{FRANCE},\"['Paris', 'Paris, France']\",a.wav\n")
+    return spec, [("sqa", FRANCE, ["Paris", "Paris, France"])], []
 
 
 def llama_questions_of_openaudiobench(folder, waves):
-    folder = folder / "eval_datas" / "llama_questions"
-    record(folder / "audios" / "a.wav", waves[0])
-    (folder / "llama_questions.csv").write_text(f"Questions,Answer,audio_filename\n{FRANCE},Paris,a.wav\n")
-    return f"openaudiobench:{folder}", [("sqa", FRANCE, ["Paris"])], []
+    spec = subset(folder, "llama_questions", waves[0], f"Questions,Answer,audio_filename\n{FRANCE},Paris,a.wav\n")
+    return spec, [("sqa", FRANCE, ["Paris"])], []
 
 
 def voicebench(folder, waves):

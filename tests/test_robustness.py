@@ -242,9 +242,17 @@ def preset(**values):
 
 def other_tokens(work):
     tokenizer, llm = common.load_llm("smollm2-135m")
-    tokenizer.add_tokens(["<a token of its own>"])
-    tokenizer.save_pretrained(work / "teacher")
+    own = tokenizer.train_new_from_iterator(["a text of some words to learn a few tokens from"] * 9, 300)
+    own.chat_template = tokenizer.chat_template
+    own.save_pretrained(work / "teacher")
     llm.save_pretrained(work / "teacher")
+    other_teacher(work)
+    config = json.loads((work / "data" / "config.json").read_text())
+    config["config"]["teacher"] = str(work / "teacher")
+    replace(work / "data" / "config.json", json.dumps(config))
+
+
+def other_teacher(work):
     common.PRESETS["tiny"]["teacher"] = str(work / "teacher")
 
 
@@ -278,6 +286,7 @@ def no_network(work):
 def damaged_cache(work):
     shutil.copytree(common.resolve("minilm-l6"), work / "cache" / "minilm-l6")
     os.truncate(work / "cache" / "minilm-l6" / "model.safetensors", 1000)
+    (work / "cache" / "smollm2-135m").symlink_to(common.resolve("smollm2-135m"))          # whose size is estimated before
     os.environ["RBA_CACHE"] = str(work / "cache")
 
 
@@ -340,7 +349,8 @@ BAD = {
     "heard file cut": (WARM, SFT1, lambda w: replace(w / "heard" / "train.clean" / "0000.pt", b"PK\3\4"), "no rba-heard-1"),
     "unknown objective": (WARM, ["--objective", "dpo"], nothing, "--objective dpo"),
     "negative rate": (WARM, ["--lr", "-1"], nothing, "--lr"),
-    "another teacher than the data's": (WARM, ["--objective", "kd", *SFT1[2:]], other_tokens, "were made with --teacher smollm2-135m"),
+    "kd with other token ids": (WARM, ["--objective", "kd", *SFT1[2:]], other_tokens, "different token ids"),
+    "another teacher than the data's": (WARM, SFT1, other_teacher, "were made with --teacher smollm2-135m"),
     "work is a file": ("01_synthesize.py", DATA, lambda work: (shutil.rmtree(work), work.write_text("")), "cannot be written"),
     "disk full": (WARM, SFT1, full_disk, "cannot be written"),
     "another run writes": (WARM, SFT1, locked, "another run is writing here"),
@@ -376,7 +386,7 @@ BAD = {
     "unknown reward": (RL, ["--rewards", "beauty=1"], nothing, "--rewards beauty=1"),
     "no reward": (RL, ["--rewards", "none"], nothing, "no reward"),
     "no reward model": (RL, [*RL1, "--rewards", "rm=1"], nothing, "this preset names none"),
-    "wrong reward model": (RL, [*RL1, "--rewards", "rm=1"], preset(reward_model="/tmp"), "/tmp: no model can be loaded"),
+    "wrong reward model": (RL, [*RL1, "--rewards", "rm=1"], preset(reward_model="/tmp"), "no reward model can be loaded"),
     "reward NaN": (RL, [*RL1, "--rewards", "rm=1"], reward([math.nan] * 4), "reward rm is not a finite number for item"),
     "reward of wrong length": (RL, [*RL1, "--rewards", "rm=1"], reward([1.0]), "reward rm gave 1 values for 4 answers"),
     "RL batch larger than the data": (RL, [*RL1, "--batch-size", "999"], nothing, "a batch of 999 prompts is larger"),
