@@ -2,7 +2,8 @@
 
 [paper] the SpeechLM is aligned to the teacher's behaviour by reinforcement learning; [summary] a pre-trained reward
 model judges its answers. Everything else is [ours]:
-1. K answers y_k ~ pi_theta(. | s, p) at T = 1 without truncation; the audio is encoded and prefilled once per prompt.
+1. K answers y_k ~ pi_theta(. | s, p) at temperature T without truncation; the audio is encoded and prefilled once per
+   prompt. log pi_theta, log pi_ref and log pi_T are of the same T throughout: the policy that acts is the one that learns.
 2. Sequence rewards R_j: `rm`, a pre-trained reward model on the gold text [summary]; `semantic`, cosine of the
    embeddings of y and y_T; `logp`, mean log pi_T(y_t | x, p, y_<t); `task`, token F1 with the short answer (sqa),
    sentence chrF with the translation (s2tt).
@@ -34,6 +35,7 @@ from tqdm import tqdm
 FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,task=1, or none"),
          "token-reward": dict(type=float, help="weight w_tok of on-policy distillation"),
          "baseline": dict(help="loo or greedy"), "k": dict(type=int, help="samples per prompt"),
+         "temperature": dict(type=float, help="T of pi_theta, pi_ref and pi_T"),
          "beta": dict(type=float, help="weight of the KL to the warm-up"),
          "init": dict(help="checkpoint to start from (default DIR/sft.pt)"), "out": dict(help="name of the result"),
          "max-steps": dict(type=int, help="updates"), "batch-size": dict(type=int, help="prompts an update"),
@@ -56,7 +58,7 @@ class Rewards:
     """The sequence rewards named in `weights`, each (items, answers, answer ids) -> list of floats (NaN: not defined)."""
 
     def __init__(self, weights, model, teacher, args):
-        self.names, self.model, self.teacher, self.micro_tokens = list(weights), model, teacher, args.micro_tokens
+        self.names, self.model, self.teacher, self.args = list(weights), model, teacher, args
         self.embed = common.Embedder(args.embedder, model.device) if "semantic" in weights else None
         self.rm = common.RewardModel(args.reward_model, model.device) if "rm" in weights else None
 
@@ -72,8 +74,7 @@ class Rewards:
             elif name == "rm":
                 values = self.rm(items, answers)
             else:
-                values = [float(part.mean()) for part in taught or teacher_log_probs(self.model, self.teacher, items, ids,
-                                                                                                 self.micro_tokens)]
+                values = [float(part.mean()) for part in taught or teacher_log_probs(self.model, self.teacher, items, ids, self.args)]
             if len(values) != len(items):
                 raise UserError(f"reward {name} gave {len(values)} values for {len(items)} answers")
             bad = [item["id"] for item, value in zip(items, values)
@@ -85,14 +86,15 @@ class Rewards:
 
 
 @torch.no_grad()
-def teacher_log_probs(model, teacher, items, answers, micro_tokens):
+def teacher_log_probs(model, teacher, items, answers, args):
     """log pi_T(y_t | x, p, y_<t) of N K answers to N items: list of N K (L_i,) float32."""
     k, parts = len(answers) // max(1, len(items)), []
     sizes = [common.PROMPT_TOKENS + len(item["text"]) // 4 + sum(map(len, answers[i * k:(i + 1) * k])) for i, item in enumerate(items)]
     with common.autocast(model.llm):
-        for chunk in common.token_batches(sizes, micro_tokens):
+        for chunk in common.token_batches(sizes, args.micro_tokens):
             some = answers[chunk.start * k:chunk.stop * k]
-            parts += common.token_log_probs(*teacher.answer_states([items[i] for i in chunk], some)).split([len(y) for y in some])
+            states = teacher.answer_states([items[i] for i in chunk], some)
+            parts += common.token_log_probs(*states, args.temperature).split([len(y) for y in some])
     return parts
 
 
@@ -153,16 +155,16 @@ def rollout(model, items, heard, args, name, step):
     seeds = [[derive_seed(args.seed, name, step, item["id"], k) for k in range(args.k)] for item in items]
     with torch.no_grad(), common.autocast(model.llm):
         prompts = model.speech_prompts(heard, [item["prompt"] for item in items])
-        samples = common.sample(model.llm, prompts, model.end_id, args.max_new, seeds)
+        samples = common.sample(model.llm, prompts, model.end_id, args.max_new, seeds, args.temperature)
         greedy = common.sample(model.llm, prompts, model.end_id, args.max_new) if args.baseline == "greedy" else None
     return samples, greedy and [replies[0] for replies in greedy]
 
 
-def log_probs_of(model, items, heard, answers, prompts, samples):
+def log_probs_of(model, items, heard, answers, prompts, samples, temperature):
     """log pi_theta(y_t | s, p, y_<t) of some samples of some prompts (indices), the same number of each: list of (L,)."""
     vectors = model.speech_prompts([heard[i] for i in prompts], [items[i]["prompt"] for i in prompts])
     some = [answers[s] for s in samples]
-    return common.token_log_probs(model.llm, *common.answer_states(model.llm, vectors, some)).split([len(y) for y in some])
+    return common.token_log_probs(model.llm, *common.answer_states(model.llm, vectors, some), temperature).split([len(y) for y in some])
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -172,8 +174,8 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     (items, heard), steps, k = data, args.rl_steps, args.k
     n = args.rl_prompts
     facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
-                 init=common.fingerprint(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new, seed=args.seed,
-                 data=common.fingerprint(work / "data" / "train.jsonl"))
+                 temperature=args.temperature, init=common.fingerprint(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new,
+                 seed=args.seed, data=common.fingerprint(work / "data" / "train.jsonl"))
     config, done = work / f"{name}.config.json", common.is_done(work / f"{name}.pt", work / f"{name}.config.json")
     if not done:                                          # what can't be loaded leaves no configuration behind
         parent, rewards = model.load(init), Rewards(weights, model, teacher, args)
@@ -204,7 +206,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         answers = [ids + [model.end_id] * ended for ids, ended in flat]
         texts = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in flat]
         repeated = [row for row in rows for _ in range(k)]
-        taught = teacher_log_probs(model, teacher, rows, answers, args.micro_tokens) if teacher else [None] * len(answers)   # (N K) of (L,)
+        taught = teacher_log_probs(model, teacher, rows, answers, args) if teacher else [None] * len(answers)   # (N K) of (L,)
         scores = rewards(repeated, texts, answers, taught)
         new = [row for row in rows if row["id"] not in own]
         found = rewards(new, [row["response"] for row in new], [model.answer_ids(row["response"]) for row in new])
@@ -237,8 +239,8 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
             with common.autocast(model.llm):
                 if with_kl:
                     with torch.no_grad(), model.as_reference():
-                        reference = dict(zip(compared, log_probs_of(model, rows, sounds, answers, chosen, compared)))
-                log_probs = log_probs_of(model, rows, sounds, answers, chosen, members)    # K per prompt, each (L,)
+                        reference = dict(zip(compared, log_probs_of(model, rows, sounds, answers, chosen, compared, args.temperature)))
+                log_probs = log_probs_of(model, rows, sounds, answers, chosen, members, args.temperature)   # K per prompt, each (L,)
                 advantages = [token_advantages(advantage[offset + s // k, s % k], lp, taught[s], reference.get(s), token_weight, args.beta)
                               for s, lp in zip(members, log_probs)]
                 loss = policy_loss(log_probs, advantages, n, k, l_max)
@@ -330,10 +332,12 @@ def main():
         raise UserError(f"--baseline {args.baseline}: not one of loo, greedy")
     if args.k < (2 if args.baseline == "loo" and weights else 1):
         raise UserError(f"--k {args.k}: the loo baseline needs at least 2 samples per prompt; use --k 2 or --baseline greedy")
+    if args.temperature < 0.01:
+        raise UserError(f"--temperature {args.temperature}: must be at least 0.01; there is nothing to learn from K equal answers")
     if not weights and not token_weight:
         raise UserError("no reward: give --rewards, --token-reward or both")
     runs = [("rba", weights, 0.0), ("opd", {}, 1.0)]
-    if {"rewards", "token_reward", "baseline", "k", "beta", "init", "out"} & args.given.keys():
+    if {"rewards", "token_reward", "baseline", "k", "beta", "temperature", "init", "out"} & args.given.keys():
         name = ("rba+opd" if weights else "opd") if token_weight else "rba"
         runs = [(args.out or name, weights, token_weight)]
     rank, world, device = common.setup_processes()

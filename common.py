@@ -73,7 +73,7 @@ BRIDGE_LR = 0.03                                          # see make_optimizer
 # responses an update, `rl_steps` updates: that budget is also given to `sft+` and `kd` (02).
 _EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
                  reward_model="none", language="French", instruction_tokens=32, max_new=64, max_seconds=9.0, wer_bound=0.10,
-                 k=4, beta=0.01, micro_tokens=1024, checkpointing=False, baseline="loo", rewards="semantic=1,task=1", lora_r=16, conditions="clean,babble:5",
+                 k=4, beta=0.01, temperature=1.0, micro_tokens=1024, checkpointing=False, baseline="loo", rewards="semantic=1,task=1", lora_r=16, conditions="clean,babble:5",
                  voices="piper-joe*30,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo",
                  unheard_voices="kokoro-jf_gongitsune,kokoro-jf_nezumi")
 PRESETS = {
@@ -1600,10 +1600,10 @@ def by_chunks(function, states, *rows, size=256):
     return torch.cat([function(*chunk) for chunk in zip(*(r.split(size) for r in (states, *rows)))])
 
 
-def token_log_probs(llm, states, ids):
-    """(rows, d), (rows,) -> log p(ids) (rows,) float32."""
+def token_log_probs(llm, states, ids, temperature=1.0):
+    """(rows, d), (rows,) -> log p(ids) (rows,) float32, of the distribution at that temperature."""
     head = _body_and_head(llm)[1]
-    return by_chunks(lambda h, y: -F.cross_entropy(head(h).float(), y, reduction="none"), states, ids)
+    return by_chunks(lambda h, y: -F.cross_entropy(head(h).float() / temperature, y, reduction="none"), states, ids)
 
 
 def token_batches(lengths, limit):

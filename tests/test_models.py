@@ -226,11 +226,12 @@ def test_greedy_sampling_is_transformers_generate(model, chats):
         assert answer == [t for t in wanted if t != model.end_id] and ended == (model.end_id in wanted)
 
 
-def test_samples_follow_the_models_distribution(model, chats):
+@pytest.mark.parametrize("temperature", (1.0, 0.5))
+def test_samples_follow_the_models_distribution(model, chats, temperature):
     n = 400
-    [replies] = common.sample(model.llm, [embeds(model, chats[0])], model.end_id, 1, [list(range(n))])
+    [replies] = common.sample(model.llm, [embeds(model, chats[0])], model.end_id, 1, [list(range(n))], temperature)
     with torch.inference_mode():
-        p = model.llm(torch.tensor([chats[0]])).logits[0, -1].softmax(-1)
+        p = (model.llm(torch.tensor([chats[0]])).logits[0, -1] / temperature).softmax(-1)
     drawn = [ids[0] if ids else model.end_id for ids, _ in replies]
     top = p.topk(4).indices.tolist()
     observed = np.array([sum(d == t for d in drawn) for t in top] + [sum(d not in top for d in drawn)])
@@ -302,14 +303,14 @@ def test_k_answers_behind_one_prompt_are_k_sequences(model, sounds):
     with restored(model):
         move(model)
         prompts = model.speech_prompts(sounds, REQUESTS)
-        packed = common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers)).split([len(y) for y in answers])
+        packed = common.token_log_probs(model.llm, *common.answer_states(model.llm, prompts, answers), 0.7).split([len(y) for y in answers])
         sum(f * lp.sum() for f, lp in zip(factor, packed)).backward()
         got = {name: p.grad.clone() for name, p in model.trainable().items()}
         model.zero_grad()
         for i, (y, f) in enumerate(zip(answers, factor)):
             [prompt] = model.speech_prompts([sounds[i // 3]], [REQUESTS[i // 3]])
             logits = model.llm(inputs_embeds=torch.cat([prompt, embeds(model, y)])[None]).logits[0, len(prompt) - 1:-1]
-            alone = logits.log_softmax(-1)[range(len(y)), y]
+            alone = (logits / 0.7).log_softmax(-1)[range(len(y)), y]                        # at temperature 0.7
             torch.testing.assert_close(packed[i], alone, rtol=1e-4, atol=1e-4)
             (f * alone.sum()).backward()
         for name, p in model.trainable().items():

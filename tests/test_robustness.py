@@ -73,9 +73,11 @@ def finish_killed(script, work, flags, die_at):
 
 def test_02_has_the_same_gradients_in_two_processes(work, tmp_path):
     """In float32, as in bfloat16 another micro-batch moves the loss by half a percent."""
-    for processes, name in ((1, "one"), (2, "two")):
-        flags = ["--objective", "sft", *TRAIN[2:], "--max-steps", 1, "--out", name]
-        finish(start("02_sft_warmup.py", work, flags, processes=processes, FLOAT32=1, GRADIENTS=tmp_path / name))
+    flags = ["--objective", "sft", *TRAIN[2:], "--max-steps", 1, "--out"]
+    runs = [start("02_sft_warmup.py", work, [*flags, name], processes=processes, FLOAT32=1, GRADIENTS=tmp_path / name)
+            for processes, name in ((1, "one"), (2, "two"))]
+    for run in runs:
+        finish(run)
     same_gradients(tmp_path / "one", tmp_path / "two")
     [one], [two] = (common.read_jsonl(work / "logs" / f"{name}.jsonl") for name in ("one", "two"))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -109,6 +111,7 @@ def test_03_has_the_same_gradients_in_two_processes(work, tmp_path):
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_04_with_a_process_killed_in_a_write_goes_on_with_two(work, copy):
     for system in ("sft", "rba"):
         (copy / "answers" / "test_all" / f"{system}.babble-5.jsonl").unlink()
@@ -382,6 +385,7 @@ BAD = {
     "checkpoint of another model": (RL, RL1, checkpoint(lambda held: held | {"config": held["config"] | {"lora_r": 4}}), "of another model (lora_r"),
     "checkpoint with NaN": (RL, RL1, first_weight(math.nan), "weights that are not finite"),
     "K of 1 with loo": (RL, ["--k", "1"], nothing, "the loo baseline needs at least 2"),
+    "temperature of 0": (RL, ["--temperature", "0"], nothing, "--temperature 0.0: must be at least 0.01"),
     "unknown baseline": (RL, ["--baseline", "mean"], nothing, "--baseline mean"),
     "unknown reward": (RL, ["--rewards", "beauty=1"], nothing, "--rewards beauty=1"),
     "no reward": (RL, ["--rewards", "none"], nothing, "no reward"),
