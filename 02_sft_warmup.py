@@ -225,10 +225,11 @@ def main():
     flags = {own: args.given[flag] for flag, own in flags.items() if flag in args.given}
     budget = dict(steps=args.rl_steps, batch_size=args.rl_prompts * args.k, lr=args.rl_lr) | flags   # RBA's updates x responses
     warm_up, start = dict(steps=args.sft_steps, batch_size=args.batch_size, lr=args.lr) | flags, args.work / "sft.pt"
-    runs = [("sft", "sft", "none", warm_up), ("kd", "kd", start, budget), ("sft+", "sft", start, budget)]
+    distill = budget | dict(lr=args.given.get("lr", args.distill_lr))
+    runs = [("sft", "sft", "none", warm_up), ("kd", "kd", start, distill), ("sft+", "sft", start, budget)]
     if args.objective:
         init = args.given.get("init", "none" if args.objective == "sft" else start)
-        runs = [(args.out or args.objective, args.objective, init, warm_up if args.objective == "sft" else budget)]
+        runs = [(args.out or args.objective, args.objective, init, warm_up if args.objective == "sft" else distill)]
         if str(init) != "none":
             common.load_checkpoint(init, "rba-speechlm-1")    # before the models are loaded: it may be missing
     splits = {split: common.read_items(args.work, split) for split in ("train", "valid")}

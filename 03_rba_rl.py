@@ -172,9 +172,9 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
     """One RL run from `init` to DIR/NAME.pt; resumes from NAME.resume.pt."""
     work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
     (items, heard), steps, k = data, args.rl_steps, args.k
-    n = args.rl_prompts
+    n, lr = args.rl_prompts, args.distill_lr if token_weight else args.rl_lr
     facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
-                 temperature=args.temperature, init=common.fingerprint(init), steps=steps, prompts=n, lr=args.rl_lr, max_new=args.max_new,
+                 temperature=args.temperature, init=common.fingerprint(init), steps=steps, prompts=n, lr=lr, max_new=args.max_new,
                  seed=args.seed, data=common.fingerprint(work / "data" / "train.jsonl"))
     config, done = work / f"{name}.config.json", common.is_done(work / f"{name}.pt", work / f"{name}.config.json")
     if not done:                                          # what can't be loaded leaves no configuration behind
@@ -251,7 +251,7 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
             entropy -= sum(float(lp.sum()) for lp in log_probs.values())
             gap += sum(float((taught[s] - lp).sum()) for s, lp in log_probs.items()) if teacher else 0.0
         sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, sum(map(len, answers)))]))]
-        norm = common.optimizer_step(optimizer, common.learning_rate(step, steps, args.rl_lr), sums[0])
+        norm = common.optimizer_step(optimizer, common.learning_rate(step, steps, lr), sums[0])
         update_seconds = time.time() - started - rollout_seconds   # rewards and teacher included
         skipped.append(norm is None)
         # ---- log
@@ -324,7 +324,7 @@ def parse_rewards(text):
 
 def main():
     args = common.parse_args(__doc__, FLAGS)
-    for flag, key in (("max_steps", "rl_steps"), ("batch_size", "rl_prompts"), ("lr", "rl_lr")):
+    for flag, key in (("max_steps", "rl_steps"), ("batch_size", "rl_prompts"), ("lr", "rl_lr"), ("lr", "distill_lr")):
         if flag in args.given:
             setattr(args, key, args.given[flag])
     weights, token_weight = parse_rewards(args.rewards), args.token_reward or 0.0

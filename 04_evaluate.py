@@ -9,8 +9,9 @@
   (`similarity`) and under the reward's (`semantic`), the teacher's mean log-likelihood of the answer given the gold words, and the
   win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU and chrF (sacrebleu; against the teacher's translation, so
   agreement, not quality). WER of Whisper's transcript: covariate.
-- 95 % percentile bootstrap over items; differences to `sft` paired. A star where the interval of the difference excludes 0. † a metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds:
-  one row, the mean over them, with each seed's value in results.json and their range in the table.
+- 95 % percentile bootstrap over items; differences to `sft` paired. A star where the interval of the difference excludes 0. † a
+  metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds: one row, the mean
+  over them, with each seed's value in results.json and their range in the table.
 - Gap recovered = (system - sft) / (text - sft), only where the interval of text - sft excludes 0.
 
 Reads DIR/data/test_all.jsonl (before the WER bound) and DIR/*.pt. Writes DIR/answers/*.jsonl, results.json,
@@ -312,7 +313,8 @@ def answer_all(model, system, items, heard, max_new, batch_size=64):
 
 def available(args):
     """Systems to run, in the tables' order; UserError for one that has no checkpoint."""
-    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: the shipped ones
+    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation
+        print(f"{args.work} holds no checkpoint: the shipped ones (preset small, README) answer")
         args.work = Path(__file__).resolve().with_name("assets")
     held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
     held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
@@ -324,9 +326,7 @@ def available(args):
         raise UserError("--ask answers one recording: without --data and --conditions, and not by text alone, which hears nothing")
     if args.systems or len(held) > 2:
         return chosen
-    if not args.ask:
-        raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
-    return ["cascade", "init"]                            # right after the installation
+    raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
 
 
 def ask(args, systems):

@@ -70,24 +70,25 @@ BRIDGE_LR = 0.03                                          # see make_optimizer
 
 # ---------------------------------------------------------------------------------------------------- presets
 # A preset sets every number of a run; the flags of a script override single ones. `rl_prompts` x `k` sampled
-# responses an update, `rl_steps` updates: that budget is also given to `sft+` and `kd` (02).
+# responses an update, `rl_steps` updates: that budget is also given to `sft+` and `kd` (02). Learning rates: `lr` of the
+# warm-up, `rl_lr` of rba and sft+, `distill_lr` of what the teacher guides token by token (kd, opd, rba+opd).
 _EMBEDDED = dict(teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
                  reward_model="none", language="French", instruction_tokens=32, max_new=64, max_seconds=9.0, wer_bound=0.10,
-                 k=4, beta=0.01, temperature=1.0, micro_tokens=1024, checkpointing=False, baseline="loo", rewards="semantic=1,task=1", lora_r=16, conditions="clean,babble:5",
+                 k=4, beta=0.01, temperature=0.5, micro_tokens=1024, checkpointing=False, baseline="loo", rewards="semantic=1,task=1", lora_r=16, conditions="clean,babble:5",
                  voices="piper-joe*30,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo",
                  unheard_voices="kokoro-jf_gongitsune,kokoro-jf_nezumi")
 PRESETS = {
-    "tiny": _EMBEDDED | dict(n_train=48, n_valid=12, n_test=45, sft_steps=10, batch_size=16, lr=3e-4, rl_steps=6,
-                             rl_prompts=4, rl_lr=2e-4),
-    "small": _EMBEDDED | dict(n_train=3000, n_valid=300, n_test=900, sft_steps=60, batch_size=16, lr=1e-4, rl_steps=50,
-                              rl_prompts=8, rl_lr=1e-4),
+    "tiny": _EMBEDDED | dict(n_train=48, n_valid=12, n_test=45, sft_steps=10, batch_size=16, lr=1e-4, rl_steps=6,
+                             rl_prompts=4, rl_lr=1e-4, distill_lr=1e-4),
+    "small": _EMBEDDED | dict(n_train=3000, n_valid=300, n_test=900, sft_steps=60, batch_size=16, lr=3e-5, rl_steps=50,
+                              rl_prompts=8, rl_lr=3e-5, distill_lr=1e-4),
     # Full-scale models [ours]; named so that a run is one flag away, not run by us: see the README's limits.
     "paper": _EMBEDDED | dict(teacher="Qwen/Qwen2.5-7B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
                               whisper="large-v3", embedder="sentence-transformers/all-MiniLM-L6-v2",
                               reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B", voices="kakao-enterprise/vits-vctk#0-99",
                               unheard_voices="kakao-enterprise/vits-vctk#100-108", checkpointing=True, rewards="rm=1", max_new=256, instruction_tokens=96,
-                              max_seconds=30.0, n_train=100_000, n_valid=1000, n_test=3000, sft_steps=1500,
-                              batch_size=64, lr=1e-4, rl_steps=1500, rl_prompts=64, rl_lr=1e-5),
+                              max_seconds=30.0, temperature=1.0, n_train=100_000, n_valid=1000, n_test=3000, sft_steps=1500,
+                              batch_size=64, lr=1e-4, rl_steps=1500, rl_prompts=64, rl_lr=1e-5, distill_lr=1e-5),
 }
 
 

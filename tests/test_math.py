@@ -8,7 +8,6 @@ import sacrebleu
 import torch
 import torch.nn.functional as F
 from conftest import stage
-from gradient_noise import signal_share
 
 import common
 
@@ -117,13 +116,6 @@ def test_chunks_give_the_same_values_and_gradients():
         torch.testing.assert_close(torch.autograd.grad((chunked * weight).sum(), x)[0], whole)
     with torch.no_grad():
         torch.testing.assert_close(common.by_chunks(lambda rows: (rows ** 3).sum(-1), x, size=4), (x ** 3).sum(-1))
-
-
-def test_the_share_of_signal_in_gradients_is_the_known_one():
-    """A mean of variance 0.09 a coordinate in noise of variance 1."""
-    generator = torch.Generator().manual_seed(0)
-    signal, noise = (torch.randn(n, 2000, generator=generator) for n in (1, 300))
-    assert signal_share(0.3 * signal + noise) == pytest.approx(0.09 / 1.09, abs=0.01)
 
 
 def test_token_batches_hold_all_within_the_limit():

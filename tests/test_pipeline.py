@@ -70,10 +70,12 @@ def test_ask_prints_every_systems_answer(work, tmp_path, model, monkeypatch, cap
     out, _ = finish(start("04_evaluate.py", work, ["--ask", question]))
     assert all(f"{name} |" in out for name in ("cascade", "sft", "kd", "sft+", "rba", "rba+opd"))
     monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
-    monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "nothing"), "--ask", str(question)])
-    stage("04_evaluate").main()
-    out = capsys.readouterr().out
-    answers = [line.partition("|")[2] for line in out.splitlines() if " | " in line]
-    assert "cascade |" in out and "init |" in out and len(answers) == 2                    # right after the installation
-    assert answers[0] == answers[1] and len(answers[0]) > 5    # untrained, it reads what the cascade reads
+    nothing = ["04_evaluate.py", "--work", str(tmp_path / "nothing"), "--ask", str(question)]
+    for flags, systems in (([], ["cascade", "sft", "kd", "rba"]), (["--systems", "cascade,init"], ["cascade", "init"])):
+        monkeypatch.setattr(sys, "argv", nothing + flags)
+        stage("04_evaluate").main()
+        answers = dict(line.strip().split(" | ", 1) for line in capsys.readouterr().out.splitlines() if " | " in line)
+        assert [*answers] == systems                         # right after the installation: the shipped ones
+        assert all(len(answer) > 5 for answer in answers.values())
+    assert answers["init"] == answers["cascade"]             # untrained, it reads what the cascade reads
     assert not (tmp_path / "nothing").exists()
