@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-FLAGS = {"objective": dict(help="sft or kd alone, from --init to --out"),
+FLAGS = {"objective": dict(help="sft, kd or sft+ alone, from --init to --out"),
          "init": dict(help="checkpoint to start from, or none"),
          "out": dict(help="name of the checkpoint written with --objective"),
          "data": dict(help="FILE.jsonl or KIND:PATH, as in 04, to train on instead of DIR/data/train.jsonl"),
@@ -196,10 +196,11 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
             row = validated(row, step + 1)
         if rank == 0:
             common.append_jsonl(log, row)
+        common.stop_if_all_skipped(skipped, name, model, work / f"{name}.stopped.pt", **facts)   # before this step can count as done
+        if rank == 0:
             if (step + 1) % SAVE_EVERY == 0 or "valid_nll" in row:
                 common.save_resume(resume, model, optimizer, step + 1, best)
         bar.set_postfix({"loss": f"{total:.3f}"} | ({"skipped": sum(skipped)} if any(skipped) else {}))
-        common.stop_if_all_skipped(skipped, name, model, work / f"{name}.stopped.pt", **facts)
     if rank == 0:
         # the last update, as for RL, which has no validation to choose by
         model.save(work / f"{name}.pt", **facts, metrics={"best_valid": best})
@@ -209,8 +210,8 @@ def train(model, name, objective, init, steps, batch_size, lr, data, args, rank,
 
 def main():
     args = common.parse_args(__doc__, FLAGS)
-    if args.objective not in (None, "sft", "kd"):
-        raise UserError(f"--objective {args.objective}: not one of sft, kd")
+    if args.objective not in (None, "sft", "kd", "sft+"):
+        raise UserError(f"--objective {args.objective}: not one of sft, kd, sft+")
     if args.targets not in ((None, "reference", "teacher") if args.data else (None,)):
         raise UserError(f"--targets {args.targets}: reference or teacher, and with --data alone")
     if args.data and not (args.objective and args.out):
@@ -228,10 +229,10 @@ def main():
     distill = budget | dict(lr=args.given.get("lr", args.distill_lr))
     runs = [("sft", "sft", "none", warm_up), ("kd", "kd", start, distill), ("sft+", "sft", start, budget)]
     if args.objective:
-        init = args.given.get("init", "none" if args.objective == "sft" else start)
-        runs = [(args.out or args.objective, args.objective, init, warm_up if args.objective == "sft" else distill)]
-        if str(init) != "none":
-            common.load_checkpoint(init, "rba-speechlm-1")    # before the models are loaded: it may be missing
+        [(name, objective, init, numbers)] = [run for run in runs if run[0] == args.objective]
+        runs = [(args.out or name, objective, args.given.get("init", init), numbers)]
+        if str(runs[0][2]) != "none":
+            common.load_checkpoint(runs[0][2], "rba-speechlm-1")   # before the models are loaded: it may be missing
     splits = {split: common.read_items(args.work, split) for split in ("train", "valid")}
     args.source, folder = args.work / "data" / "train.jsonl", None
     if args.data:
@@ -264,8 +265,9 @@ def main():
         except UserError as error:                        # not needed by the other runs
             if args.objective:
                 raise
-            runs = [run for run in runs if run[1] != "kd"]
             print(f"kd is left out: {error}")
+    if not all(common.gather([teacher is not None])):     # of all processes alike
+        runs = [run for run in runs if run[1] != "kd"]
     if not args.objective:
         if rank == 0:
             try:

@@ -37,7 +37,7 @@ FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,tas
          "baseline": dict(help="loo or greedy"), "k": dict(type=int, help="samples per prompt"),
          "temperature": dict(type=float, help="T of pi_theta, pi_ref and pi_T"),
          "beta": dict(type=float, help="weight of the KL to the warm-up"),
-         "init": dict(help="checkpoint to start from (default DIR/sft.pt)"), "out": dict(help="name of the result"),
+         "init": dict(help="checkpoint to start from (default DIR/sft.pt), or none"), "out": dict(help="name of the result"),
          "max-steps": dict(type=int, help="updates"), "batch-size": dict(type=int, help="prompts an update"),
          "micro-tokens": dict(type=int, help="tokens a forward pass; lower it when memory runs out"),
          "lr": dict(type=float, help="peak learning rate")}
@@ -147,12 +147,13 @@ def policy_loss(log_probs, advantages, n, k, l_max):
 
 
 # ----------------------------------------------------------------------------------------------------- rollout
-def rollout(model, items, heard, args, name, step):
-    """K samples per prompt (and the greedy answer, if it is the baseline), speech heard once per prompt.
+def rollout(model, items, heard, args, name, step, again):
+    """K samples per prompt (and the greedy answer, if it is the baseline), speech heard once per prompt. again: how often each item
+    stands earlier in the batch, as at the end of an epoch, so that its samples are others.
 
     -> samples: N lists of K (ids, ended), greedy: N (ids, ended) or None.
     """
-    seeds = [[derive_seed(args.seed, name, step, item["id"], k) for k in range(args.k)] for item in items]
+    seeds = [[derive_seed(args.seed, name, step, item["id"], k + args.k * before) for k in range(args.k)] for item, before in zip(items, again)]
     with torch.no_grad(), common.autocast(model.llm):
         prompts = model.speech_prompts(heard, [item["prompt"] for item in items])
         samples = common.sample(model.llm, prompts, model.end_id, args.max_new, seeds, args.temperature)
@@ -197,9 +198,10 @@ def train(model, teacher, name, weights, token_weight, init, data, args, rank, w
         started = time.time()
         # ---- rollout
         batch = common.batch_at(len(items), n, step, args.seed, "items", len(parent.get("history", [])))
-        mine = sorted(batch[rank::world], key=lambda i: items[i]["seconds"])
+        mine = sorted(range(rank, n, world), key=lambda at: items[batch[at]]["seconds"])
+        again, mine = [batch[:at].count(batch[at]) for at in mine], [batch[at] for at in mine]
         rows, sounds = [items[i] for i in mine], [heard[i] for i in mine]
-        samples, greedy = rollout(model, rows, sounds, args, name, step) if mine else ([], None)
+        samples, greedy = rollout(model, rows, sounds, args, name, step, again) if mine else ([], None)
         rollout_seconds = time.time() - started
         # ---- rewards: the samples', the greedy answers', the teacher's own
         flat = [sample for replies in samples for sample in replies]                       # (N K) prompt by prompt
@@ -346,7 +348,8 @@ def main():
     if args.rl_prompts > len(items):
         raise UserError(f"a batch of {args.rl_prompts} prompts is larger than the {len(items)} items of train.jsonl; use a smaller "
                         "--batch-size")
-    common.load_checkpoint(init, "rba-speechlm-1")        # before the models are loaded: it may be missing
+    if str(init) != "none":
+        common.load_checkpoint(init, "rba-speechlm-1")    # before the models are loaded: it may be missing
     if rank == 0:
         others = {args.teacher if any(token or "logp" in own for _, own, token in runs) else args.student} - {args.student}
         others |= {args.reward_model} - {"none"} if any("rm" in own for _, own, _ in runs) else set()
@@ -363,6 +366,7 @@ def main():
                 if len(runs) == 1:
                     raise
                 print(f"{name} is left out: {error}")
+            if not all(common.gather([teacher is not None])):   # of all processes alike
                 continue
         train(model, teacher, name, weights, token_weight, init, data, args, rank, world)
     if rank == 0:

@@ -5,13 +5,13 @@
 - Systems: `text` (LoRA off, gold words: the teacher where the two LLMs are one), `cascade` (Whisper's transcript, same
   LLM), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds; any other NAME.pt likewise.
 - `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
-  exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine to y_T under an encoder that is no reward
+  the same in its first 16 words, exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine to y_T under an encoder that is no reward
   (`similarity`) and under the reward's (`semantic`), the teacher's mean log-likelihood of the answer given the gold words, and the
   win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU and chrF (sacrebleu; against the teacher's translation, so
   agreement, not quality). WER of Whisper's transcript: covariate.
 - 95 % percentile bootstrap over items; differences to `sft` paired. A star where the interval of the difference excludes 0. † a
   metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds: one row, the mean
-  over them, with each seed's value in results.json and their range in the table.
+  over them with their range; resamples draw seeds as well as items. A second table sets every system against every other.
 - Gap recovered = (system - sft) / (text - sft), only where the interval of text - sft excludes 0.
 
 Reads DIR/data/test_all.jsonl (before the WER bound) and DIR/*.pt. Writes DIR/answers/*.jsonl, results.json,
@@ -23,6 +23,7 @@ results.md, results.png.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -50,12 +51,14 @@ CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked f
 UNHEARD = ", unheard voices"
 NAMES = {"wins": "% wins against sft by log π_T", "LC wins": "the same at equal lengths (not AlpacaEval's official number)",
          "judged": "% preferred to sft by the judge", "LC judged": "the same at equal lengths (not AlpacaEval's official number)", "WER": "WER of Whisper"}
+SOON = "accuracy in 16 words"                             # containment favours who says more
 PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
 SHOWN = (*PRIMARY.items(), ("s2tt", "BLEU"))              # in the figures
 SEVERITIES = {"noise": (10, 5, 0), "babble": (10, 5, 0), "reverb": (0.3, 0.6, 1.0), "speed": (1.25, 1.5, 1.75),
               "band": (2833, 1666, 500), "loss": (5, 10, 20), "disfluency": (1, 2, 4)}
 TRAINED_BY = {("instruct", "semantic"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
-              **{("instruct", metric): {"logp", "token"} for metric in ("log π_T", "wins", "LC wins")}}
+              **{("instruct", metric): {"logp", "token"} for metric in ("log π_T", "wins", "LC wins")},
+              **{("instruct", metric): {"judge"} for metric in ("judged", "LC judged")}}
 
 
 # ------------------------------------------------------------------------------------------------------ metrics
@@ -198,6 +201,7 @@ def measure(items, answers, heard, scores, encoders, preferences=None):
         if task == "sqa":
             pairs = list(zip(gold, said))
             per_item = {"accuracy": [100 * any(is_contained(r, a) for r in refs) for refs, a in pairs],
+                        SOON: [100 * any(is_contained(r, " ".join(a.split()[:16])) for r in refs) for refs, a in pairs],
                         "exact match": [100 * any(common.has_words(r) and common.normalise(r) == common.normalise(a) for r in refs)
                                         for refs, a in pairs],
                         "F1": [100 * max(common.token_f1(a, r) for r in refs) for refs, a in pairs]}
@@ -262,9 +266,10 @@ def paired_tests(items, answers, base="sft"):
             for at, (system, _) in enumerate(named) if at}
 
 
-def over_seeds(runs):
+def over_seeds(runs, system):
     """The metrics of one system's training seeds (list of what `measure` gives) -> the same of their mean: statistics side by side
-    in columns, so that all seeds are resampled with the same items."""
+    in columns, so that all seeds are resampled with the same items. Resamples draw the seeds too, each system its own, so that an
+    interval holds the spread of the training as far as a few seeds can show it."""
     if len(runs) == 1:
         return runs[0]
     out = {}
@@ -272,14 +277,21 @@ def over_seeds(runs):
         if any(key not in run for run in runs):
             continue
         def score(sums, n, aggregate=aggregate):
-            return np.mean([aggregate(part, n) for part in np.split(sums, len(runs), -1)], 0)
+            scores = np.stack([aggregate(part, n) for part in np.split(sums, len(runs), -1)], -1)   # (S,) or (R, S)
+            if scores.ndim == 1:
+                return scores.mean()
+            s, seeds = len(runs), np.random.default_rng(common.derive_seed("seeds", system))
+            drawn = (seeds.multinomial(s, np.full(s, 1 / s), len(scores)) / s * scores).sum(-1)
+            return scores.mean(-1) + (drawn - scores.mean(-1)) * (s / (s - 1)) ** 0.5      # s of s drawn vary by (s - 1) / s of what s seeds do
         out[key] = np.concatenate([run[key][0] for run in runs], 1), score
     return out
 
 
-def without_seed(system):
-    """"rba-s1" -> "rba"."""
-    return re.sub(r"-s\d+$", "", system)
+def trained_on(history, judge_rewarded):
+    """What a checkpoint's stages were trained on: rewards by name, `token` for log π_T, `judge` where its reward model now judges."""
+    names = {name for past in history for name in past.get("rewards", {})}
+    names |= {"token" for past in history if past.get("token_reward") or past.get("objective") == "kd"}
+    return sorted(names | ({"judge"} if judge_rewarded and "rm" in names else set()))
 
 
 # ------------------------------------------------------------------------------------------------------ systems
@@ -347,12 +359,12 @@ def compare(measured, base="sft", seed=0):
     """{condition: {system: [a seed's statistics, ...]}} -> rows: value, interval, paired difference to `base`, gap recovered."""
     rows = []
     for condition, systems in measured.items():
-        one = {system: dict(over_seeds(runs)) for system, runs in systems.items()}
-        judged = ("instruct", "log π_T")
-        for system, metrics in one.items() if judged in one.get(base, {}) else ():
-            if system != base and judged in metrics:      # win rate by this judge, ties one half
-                metrics["instruct", "wins"] = (50 * (1 + np.sign(metrics[judged][0] - one[base][judged][0].mean(1, keepdims=True))),
-                                               lambda sums, n: sums.mean(-1) / n)
+        systems, judged = {system: [dict(run) for run in runs] for system, runs in systems.items()}, ("instruct", "log π_T")
+        against = [run[judged][0] for run in systems.get(base, []) if judged in run]       # of base's seeds, (N, 1) each
+        for system, run in ((system, run) for system, runs in systems.items() for run in runs):
+            if system != base and judged in run and against:   # win rate by this judge over the seeds of base, ties one half
+                run["instruct", "wins"] = np.mean([50 * (1 + np.sign(run[judged][0] - other)) for other in against], 0), mean
+        one = {system: dict(over_seeds(runs, system)) for system, runs in systems.items()}
         for system, metrics in one.items():
             for (task, metric), (statistics, aggregate) in metrics.items():
                 value, low, high = common.bootstrap(statistics, aggregate, seed=seed)
@@ -375,7 +387,7 @@ def compare(measured, base="sft", seed=0):
                         columns = np.concatenate([statistics, other[0], text[0]], 1)
                         def gap(s, n, theirs=other[1], top=text[1], c=c, z=z):
                             return top(s[..., z:], n) - theirs(s[..., c:z], n)
-                        if common.bootstrap(columns, gap, seed=seed)[1] > 0:
+                        if len(statistics) > 1 and common.bootstrap(columns, gap, seed=seed)[1] > 0:
                             def recovered(s, n, gap=gap, difference=difference, z=z):
                                 return difference(s[..., :z], n) / gap(s, n)
                             g = common.bootstrap(columns, recovered, seed=seed)
@@ -387,6 +399,34 @@ def compare(measured, base="sft", seed=0):
                     rows.append(dict(condition=condition, system=system, task=task, metric=f"LC {metric}", n=len(wins), low=float(low),
                                      high=float(high), value=float(length_controlled(wins, *lengths)[0])))
     return rows
+
+
+def between(measured, seed=0):
+    """The primary metrics of every system but `text` against every other: rows of condition, metric, system, base, difference, low, high."""
+    rows = []
+    for condition, systems in measured.items():
+        one = {system: over_seeds(runs, system) for system, runs in systems.items() if system != "text"}
+        for key in PRIMARY.items():
+            for (a, own), (b, theirs) in itertools.permutations([(system, metrics[key]) for system, metrics in one.items() if key in metrics], 2):
+                c = own[0].shape[1]
+                def difference(sums, n, own=own[1], theirs=theirs[1], c=c):
+                    return own(sums[..., :c], n) - theirs(sums[..., c:], n)
+                d = common.bootstrap(np.concatenate([own[0], theirs[0]], 1), difference, seed=seed)
+                rows.append(dict(condition=condition, metric=" ".join(key), system=a, base=b, difference=d[0], low=d[1], high=d[2],
+                                 separable=len(own[0]) > 1 and bool(d[1] > 0 or d[2] < 0)))
+    return rows
+
+
+def between_table(rows, lines):
+    """What `between` gives as a table for each condition, appended to `lines`; the intervals are in results.json."""
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        found = {(r["system"], r["base"], r["metric"]): r for r in rows if r["condition"] == condition}
+        systems, metrics = (list(dict.fromkeys(key[at] for key in found)) for at in (0, 2))
+        lines += [f"\n### {condition}: row minus column, {' / '.join(metrics)}\n", f"| | {' | '.join(systems)} |", "|---" * (len(systems) + 1) + "|"]
+        for a in systems:
+            pairs = [[found.get((a, b, metric)) for metric in metrics] for b in systems]
+            cells = [" / ".join(f"{r['difference']:+.1f}{'*' * r['separable']}" if r else "–" for r in pair) for pair in pairs]
+            lines.append(f"| {a} | {' | '.join('' if a == b else shown for b, shown in zip(systems, cells))} |")
 
 
 def cell(row, dagger):
@@ -513,8 +553,9 @@ def report(held, path):
         lines.append(f"\n{len(held['broken'])} items can't be heard and count as wrong: {', '.join(held['broken'])}.")
     table(held["rows"], held["rewards"], lines)
     if held["paired"]:
-        lines.append(f"\nTranslation, {held['conditions'][0]}, p of sacrebleu's paired bootstrap test against sft: " + "; ".join(
+        lines.append(f"\nTranslation, {held['conditions'][0]}, p of sacrebleu's paired bootstrap test against sft (one tail): " + "; ".join(
             f"{system} " + ", ".join(f"{metric} {p:.3f}" for metric, p in own.items()) for system, own in held["paired"].items()) + ".")
+    between_table(held.get("between", []), lines)
     robustness_table(held["rows"], lines)
     lines += ["\n\\* the 95 % interval of the paired difference to `sft` excludes 0. † the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
               "References of 01's items are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
@@ -543,6 +584,14 @@ def main():
     if args.ask:
         ask(args, systems)
         return
+    for system, history in histories.items():             # seeds of one system, or two systems with like names?
+        first = next(name for name in histories if common.without_seed(name) == common.without_seed(system))
+        own, other = ({key: value for key, value in past[-1].items() if key not in ("seed", "init", "data")} if past else {}
+                      for past in (history, histories[first]))
+        differing = [key for key in own.keys() | other.keys() if own.get(key) != other.get(key)]
+        if differing:
+            raise UserError(f"{system}.pt is no other seed of {first}.pt, as {differing[0]} differs ({own.get(differing[0])}, {other.get(differing[0])}); "
+                            "rename it, or choose with --systems")
     rank, world, device = common.setup_processes()
     if rank == 0:
         common.claim(args.work / "results.json")
@@ -559,7 +608,9 @@ def main():
     languages = {item["language"] for item in items if item["task"] == "s2tt"}
     if len(languages) > 1:
         raise UserError(f"{source}: translations into {' and '.join(sorted(languages))}; give a file for each language")
-    name = source.stem + "".join(f"-{language}" for language in languages if ":" in (args.data or ""))   # one file may have many targets
+    inside = source.resolve().parent == (args.work / "data").resolve()
+    name = ("" if inside else f"{source.resolve().parent.name}-") + source.stem            # many sets have a file test.tsv
+    name += "".join(f"-{language}" for language in languages if ":" in (args.data or ""))  # and one file may have many targets
     model = common.load_speechlm(vars(args), device)
     encoders, teacher = dict(similarity=WordLlama(), semantic=common.Embedder(args.embedder, device)), None
     try:
@@ -569,9 +620,8 @@ def main():
     if not all(common.gather([teacher is not None])):     # of all processes alike
         teacher = None
     data_key = common.digest(items)
-    window = args.window if source.parent == args.work / "data" else 30.0
-    measured, trained = {}, {without_seed(system): [r for past in history for r in (*past.get("rewards", {}), *(["token"] if past.get("token_reward") else []))]
-                             for system, history in histories.items()}
+    window = args.window if inside and all(item.get("length", 0) <= args.max_seconds for item in items) else 30.0
+    measured, trained = {}, {common.without_seed(system): trained_on(history, args.judge == args.reward_model) for system, history in histories.items()}
     sound = [i for i, item in enumerate(items) if item["id"] not in broken]
     unheard_row = dict(text="", ids=[], states=torch.zeros(0, model.width).half())
     heard = {}
@@ -609,13 +659,13 @@ def main():
     parts = {"": everything, UNHEARD: [i for i in everything if items[i].get("voice") in unheard]}
     for condition, system in work:
         rows, base, preferences = held[condition, system], held.get((condition, "sft")), None
-        if judge and base and without_seed(system) != "sft":
+        if judge and base and common.without_seed(system) != "sft":
             key = common.digest([judge.name, QUESTION, data_key, [[row["answer"] for row in side] for side in (rows, base)]])
             path = answers_path(args.work, name, system, condition).with_suffix(".judged.jsonl")
             preferences = compare_answers(judge, path, items, key, *([row["answer"] for row in side] for side in (rows, base)))
         for part, chosen in parts.items():
             if chosen and (not part or condition == conditions[0]):
-                measured.setdefault(condition + part, {}).setdefault(without_seed(system), []).append(measure(
+                measured.setdefault(condition + part, {}).setdefault(common.without_seed(system), []).append(measure(
                     [items[i] for i in chosen], [(rows[i]["answer"], rows[i]["tokens"], rows[i]["ended"]) for i in chosen],
                     [heard[condition][i]["text"] for i in chosen] if system != "text" else None,
                     [rows[i]["score"] for i in chosen], encoders, [preferences[i] for i in chosen] if preferences else None))
@@ -628,7 +678,7 @@ def main():
     out = dict(preset=args.preset, seed=args.seed, teacher=args.teacher, data=data_key, items=Counter(item["task"] for item in items),
                 paired=paired_tests(items, said), source=args.data or "", broken=broken, judge=judge.name if judge else "", conditions=conditions,
                 tokenizer=next((tokenizer(item) for item in items if item["task"] == "s2tt"), "13a"),
-                rows=compare(measured, seed=args.seed), rewards=trained, history=histories) | common.environment()
+                rows=compare(measured, seed=args.seed), between=between({c: measured[c] for c in conditions[:4]}, args.seed), rewards=trained, history=histories) | common.environment()
     common.write_json(path, out)
     report(out, path)
 

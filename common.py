@@ -130,10 +130,11 @@ def parse_args(doc, flags, argv=None):
             raise UserError(f"{flag} {value}: must be a number of at least {least} and at most 1e9")
         if value == "":
             raise UserError(f"{flag}: empty; leave the flag out for its default")
-    if not re.fullmatch(r"[\w+-]{1,80}", given.get("out", "x")) or given.get("out") in UNTRAINED:
+    if not re.fullmatch(r"[\w+-]{1,80}", given.get("out", "x")) or without_seed(given.get("out", "x")) in UNTRAINED:
         raise UserError(f"--out {given['out']}: a name of letters, digits, _, + and -, other than {', '.join(UNTRAINED)}")
     args = argparse.Namespace(**(vars(args) | PRESETS[args.preset] | given), given=given)
-    if given["work"].joinpath("data", "config.json").is_file() and "n-train" not in flags:   # 01 compares all of it
+    alone = "n-train" in flags or {"draw", "ask"} & given.keys()   # 01 compares all of it, and these two read no data
+    if not alone and given["work"].joinpath("data", "config.json").is_file():
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             made = json.loads(given["work"].joinpath("data", "config.json").read_text())["config"]
             for key, own in (("preset", args.preset), ("teacher", args.teacher.rpartition("#")[2])):
@@ -141,6 +142,11 @@ def parse_args(doc, flags, argv=None):
                     raise UserError(f"--{key} {own}: the data in {args.work} were made with --{key} {made[key]}; use that, or another --work")
     args.window = min(30.0, args.max_seconds + 3)         # seconds of audio Whisper gets: the speech, then silence
     return args
+
+
+def without_seed(name):
+    """"rba-s1", a training seed of rba -> "rba"."""
+    return re.sub(r"-s\d+$", "", name)
 
 
 def run(main):
@@ -363,13 +369,13 @@ def _llama_questions(path):
 
 
 def _openaudiobench(path):
-    """DIR/eval_datas/SUBSET of OpenAudioBench: SUBSET.csv, audios/; several answers are a Python list."""
-    question, answer = {"llama_questions": ("Questions", "Answer"), "web_questions": ("question", "answers"),
-                        "trivia_qa": ("question", "answer_normalized_aliases"), "alpaca_eval": ("instruction", "output")}[path.name]
+    """DIR/eval_datas/SUBSET of OpenAudioBench: SUBSET.csv, audios/; several answers stand in one cell, or are a Python list there."""
+    question, answer, between = {"llama_questions": ("Questions", "Answer", None), "web_questions": ("question", "answers", ";"),
+                                 "trivia_qa": ("question", "answer_normalized_aliases", ","), "alpaca_eval": ("instruction", "output", None)}[path.name]
     items, source = [], path / f"{path.name}.csv"
     for row in _table(source, ","):
-        several = path.name in ("web_questions", "trivia_qa") and row[answer].startswith("[")
-        references = ast.literal_eval(row[answer]) if several else [row[answer]]
+        references = ast.literal_eval(row[answer]) if between and row[answer].startswith("[") else row[answer].split(between) if between else [row[answer]]
+        references += [row[name] for name in ("answer_normalized_value",) if name in row and path.name == "trivia_qa"]
         items.append(dict(id=row["audio_filename"], audio=f"audios/{row['audio_filename']}", text=row[question], reference=references,
                           task="instruct" if path.name == "alpaca_eval" else "sqa"))
     return source, path, items
@@ -381,6 +387,8 @@ def _voicebench(path):
     for i, row in enumerate(read_jsonl(path)):
         references = row.get("reference")
         references = [] if references in (None, "") else references if isinstance(references, list) else [references]
+        if any(re.fullmatch("[A-D]", str(text)) for text in references):   # "a" stands in nearly every answer
+            raise ValueError("a letter is the reference: multiple choice is not scored here")
         items.append(dict(id=str(row.get("id", f"{i:05d}")), task="sqa" if references else "instruct", audio=row.get("audio"), text=row.get("prompt"),
                           reference=references))
     return path, path.parent, items
@@ -454,6 +462,7 @@ def read_set(spec, language):
                         + ", ".join(f"{name}:PATH" for name in READERS) + ", whose layouts the README shows") from None
     seen, broken = Counter(), {}
     for item in tqdm(items, desc=f"read {source.name}", unit="item", leave=False):
+        item["id"] = str(item["id"]).encode(errors="replace").decode()     # half a surrogate can't be written
         seen[item["id"]] += 1
         item["id"] += f"#{seen[item['id']]}" * (seen[item["id"]] > 1)
         item["language"] = LANGUAGES.get(item.get("language"), item.get("language", language))
@@ -463,7 +472,7 @@ def read_set(spec, language):
         try:
             judged = item["task"] == "instruct" and not item["reference"]   # by comparison alone
             check_item(item | ({"reference": [item["text"]]} if judged else {}), dict(id=str, text=str, audio=str))
-            item_wave(folder, item)
+            item["length"] = len(item_wave(folder, item)) / RATE
         except (ValueError, UserError) as error:
             broken[item["id"]], item["text"] = str(error), str(item["text"] or "").encode(errors="ignore").decode()
     if len(broken) == len(items):
@@ -836,7 +845,39 @@ def load_llm(name, dtype=None, device_map=None):
     with loading(name, "causal LM") as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or native_dtype(), device_map=device_map, trust_remote_code=False)
-    return checked(tokenizer, name), llm.eval().requires_grad_(False)
+    tokenizer, llm = checked(tokenizer, name), llm.eval().requires_grad_(False)
+    try:
+        error = None if name in EMBEDDED else own_error(tokenizer, llm)   # of that one the tests say so
+    except Exception as other:                            # whatever a model without the usual parts raises
+        if "memory" in str(other).lower():
+            raise
+        error = f"{type(other).__name__}: {str(other)[:80]}"
+    if error:
+        raise UserError(f"{name}: this kind of LLM ({llm.config.model_type}) can't be used here ({error}); Llama, Qwen 2 and 3, Phi 3, Gemma 3 and "
+                        "OLMo 2 can")
+    return tokenizer, llm
+
+
+@torch.no_grad()
+def own_error(tokenizer, llm):
+    """What is wrong when the LLM's decoder and head, which `answer_states` and `decode` take apart, do not compute what its own
+    forward does, as where logits are scaled or capped behind the head (Granite, Cohere, Gemma 2) or layers are no attention; else None."""
+    words = tokenizer("The capital of France is Paris", add_special_tokens=False).input_ids
+    table, body = llm.get_input_embeddings(), _body_and_head(llm)[0]
+    prompt, answers = table(torch.tensor(words, device=table.weight.device)), [words[-2:], words[-3:]]
+    if not any(isinstance(layer, torch.nn.Linear) for layer in body.modules()):
+        return "it has no linear layers for LoRA"
+    with autocast(llm):
+        with grouped(body):
+            [[(said, _)]] = decode(llm, [prompt], -1, 3)
+        answers.append(said)
+        found = token_log_probs(llm, *answer_states(llm, [prompt], answers))
+        logits = [llm(input_ids=torch.tensor([words + y], device=prompt.device)).logits[0, len(words) - 1:-1].float() for y in answers]
+    wanted = torch.cat([-F.cross_entropy(own.to(found.device), torch.tensor(y, device=found.device), reduction="none") for own, y in zip(logits, answers)])
+    most = float((found - wanted).abs().max())
+    best = float((logits[-1].log_softmax(-1).amax(-1).to(found.device) - wanted[-len(said):]).max())   # of greedy tokens
+    limit = 1e-3 if llm.dtype == torch.float32 else 0.5   # bfloat16 logits of 20 are exact to 0.1
+    return None if max(most, best) < limit else f"its log-probabilities here differ from its own by {max(most, best):.3f}"
 
 
 def checked(tokenizer, name):
@@ -979,11 +1020,19 @@ def read_audio(path, max_seconds=30.0, offset=0.0, duration=None):
     wave = torch.from_numpy(wave).mean(1)
     if not wave.isfinite().all():
         raise UserError(f"{path}: holds NaN or infinite samples; re-encode the file")
-    wave = torchaudio.functional.resample(wave - wave.double().mean().float() if len(wave) else wave, rate, RATE)
+    wave = resample(wave - wave.double().mean().float() if len(wave) else wave, rate)
     if len(wave) < RATE // 10 or wave.abs().max() < 1e-4:
         raise UserError(f"{path}: {len(wave) / RATE:.2f} s, peak {wave.abs().max() if len(wave) else 0:.1e}: silent or "
                         "shorter than 0.1 s; record it again")
     return wave
+
+
+def resample(wave, rate):
+    """(samples,) at `rate` Hz -> at 16 kHz: by torchaudio, or, where its filter would take gigabytes (22,254 Hz), by one Fourier transform."""
+    if rate // math.gcd(rate, RATE) <= 1000:
+        return torchaudio.functional.resample(wave, rate, RATE)
+    n = round(len(wave) * RATE / rate)
+    return torch.fft.irfft(torch.fft.rfft(wave), n) * (n / len(wave)) if n else wave[:0]
 
 
 def at_snr(wave, noise, snr):
@@ -1183,17 +1232,21 @@ def chat_parts(tokenizer, prompt="", system=SYSTEM):
     """Token ids of the chat template before and after the user's words x, and the id that ends the answer.
 
     The user's turn is x, then (if any) the typed request p on a line of its own. Everything that reads x, as text or
-    as speech, reads it between these two lists.
+    as speech, reads it between these two lists. UserError for a template that can't be split so.
     """
     user, reply = "\u2042x\u2042", "\u2042y\u2042"
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": user + (f"\n{prompt}" if prompt else "")})
-    before, after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(user)
-    messages.append({"role": "assistant", "content": reply})
-    end = tokenizer.apply_chat_template(messages, tokenize=False).split(reply)[1]
     def ids(text):
         return tokenizer(text, add_special_tokens=False).input_ids
-    return ids(before), ids(after), ids(end)[0]
+    try:
+        before, after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(user)
+        messages.append({"role": "assistant", "content": reply})
+        end = tokenizer.apply_chat_template(messages, tokenize=False).split(reply)[1]
+        return ids(before), ids(after), ids(end)[0]
+    except Exception as error:                            # whatever a template raises
+        raise UserError(f"{tokenizer.name_or_path}: its chat template can't be used ({type(error).__name__}: {str(error)[:80]}); it must take a "
+                        "system and a user turn, keep their words, and end an answer with a token") from None
 
 
 def around(llm, before, middle, after):
@@ -1452,7 +1505,10 @@ def load_checkpoint(path, kind):
 
 def item_wave(folder, item, max_seconds=30.0):
     """An item's waveform; its path is relative to the JSONL's folder and may not leave it."""
-    path = (folder / item["audio"]).resolve()
+    try:
+        path = (folder / item["audio"]).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte
+        raise UserError(f"item {item['id']}: audio path {item['audio']!r:.100}: {error}") from None
     if not path.is_relative_to(folder.resolve()):
         raise UserError(f"item {item['id']}: audio path {item['audio']} leaves {folder}; put the file below it")
     try:
@@ -1760,6 +1816,8 @@ class Teacher:
         """N items, N K id lists -> (llm, states (sum L, d), ids (sum L,)) of the answers given the words x and the request p."""
         with contextlib.nullcontext(self.llm) if self.llm else self.model.as_text_llm() as llm:
             prompts = text_prompts(self.model.tokenizer, llm, [i["text"] for i in items], [i["prompt"] for i in items])
+            last = llm.get_input_embeddings().num_embeddings - 1   # ids of the student alone, which no text has, count as the teacher's last
+            answers = [[min(token, last) for token in y] for y in answers]
             return llm, *answer_states(llm, prompts, answers)
 
 
@@ -1878,8 +1936,8 @@ def estimate_memory(args, rows=0, others=()):
 
 
 def print_estimate(args, rows=0, others=()):
-    """`estimate_memory` in one line. What can't be loaded is the loader's to say."""
-    with contextlib.suppress(UserError):
+    """`estimate_memory` in one line. What can't be loaded is the loader's to say, and configurations have no common names."""
+    with contextlib.suppress(Exception):
         parts = estimate_memory(args, rows, others)
         print(f"peak memory of a process, estimated: {sum(parts.values()):.1f} GB allocated by torch ("
               + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()) + "); on a CPU up to three times that is resident")
@@ -1901,7 +1959,7 @@ def pyplot():
     return pyplot
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(3)
 def draws(n, resamples, seed):
     """How often each of n items is drawn in each resample, (resamples, n): the same for all that is compared."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)

@@ -34,10 +34,11 @@ def openaudiobench(folder, waves):
     folder = folder / "eval_datas" / "trivia_qa"
     record(folder / "audios" / "a.wav", waves[0])
     record(folder / "audios" / "b.wav", waves[3])
-    (folder / "trivia_qa.csv").write_text('question,answer_normalized_aliases,audio_filename\n'
-                                          f'"{FRANCE}","[\'paris\', ""paris\'s city""]",a.wav\n"{MOON}\n","[\'neil, armstrong\', \'?\']",b.wav\n'
-                                          'What is it?,"[\'it\']",c.wav\nNobody knows?,[],a.wav\n')
-    return f"openaudiobench:{folder}", [("sqa", FRANCE, ["paris", "paris's city"]), ("sqa", MOON, ["neil, armstrong"])], ["c.wav", "a.wav#2"]
+    (folder / "trivia_qa.csv").write_text('question,answer_normalized_aliases,answer_normalized_value,audio_filename\n'
+                                          f'"{FRANCE}","[\'paris\', ""paris\'s city""]",paris,a.wav\n"{MOON}\n","neil armstrong, armstrong",neil,b.wav\n'
+                                          'What is it?,"[\'it\']",it,c.wav\nNobody knows?,[],,a.wav\n')
+    return f"openaudiobench:{folder}", [("sqa", FRANCE, ["paris", "paris's city", "paris"]), ("sqa", MOON, ["neil armstrong", "armstrong", "neil"])], [
+        "c.wav", "a.wav#2"]
 
 
 def subset(folder, name, wave, table):
@@ -54,8 +55,9 @@ def alpaca_eval(folder, waves):
 
 
 def web_questions(folder, waves):
-    spec = subset(folder, "web_questions", waves[0], f"question,answers,audio_filename\n{FRANCE},\"['Paris', 'Paris, France']\",a.wav\n")
-    return spec, [("sqa", FRANCE, ["Paris", "Paris, France"])], []
+    spec = subset(folder, "web_questions", waves[0], f"question,answers,audio_filename\n{FRANCE},\"['Paris', 'Paris, France']\",a.wav\n"
+                  f'{FRANCE},"Paris;Paris, France",a.wav\n')
+    return spec, [("sqa", FRANCE, ["Paris", "Paris, France"])] * 2, []
 
 
 def llama_questions_of_openaudiobench(folder, waves):
@@ -68,10 +70,12 @@ def voicebench(folder, waves):
     rows = [dict(audio=record(folder / f"{i}.wav", waves[i]), prompt=SENTENCES[i]) for i in (1, 0, 3, 2)]
     rows[1]["reference"], rows[2]["reference"], rows[3]["reference"] = "Paris", ["Neil Armstrong", "Armstrong"], 1969
     (folder / "broken.wav").write_text("no audio")
-    lost = dict(audio="broken.wav", prompt="Hello?"), dict(audio="0.wav"), dict(audio="0.wav", prompt="\ud800", reference="x")
+    (folder / "loop.wav").symlink_to(folder / "loop.wav")
+    lost = [dict(audio="broken.wav", prompt="Hello?"), dict(audio="0.wav"), dict(audio="0.wav", prompt="\ud800", reference="x"),
+            dict(audio="loop.wav", prompt="Hello?"), dict(audio="gone.wav", prompt="Hello?", id="\ud800")]
     (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *lost]))
     return f"voicebench:{folder / 'set.jsonl'}", [("instruct", CHICKEN, []), ("sqa", FRANCE, ["Paris"]), (
-        "sqa", MOON, ["Neil Armstrong", "Armstrong"]), ("sqa", STORE, ["1969"])], ["00004", "00005", "00006"]
+        "sqa", MOON, ["Neil Armstrong", "Armstrong"]), ("sqa", STORE, ["1969"])], ["00004", "00005", "00006", "00007", "?"]
 
 
 def covost2(folder, waves):
@@ -151,6 +155,21 @@ def test_a_set_that_is_none_is_one_line(tmp_path):
             common.read_set(spec, "French")
 
 
+def test_multiple_choice_is_not_scored_by_containment(tmp_path):
+    (tmp_path / "set.jsonl").write_text(json.dumps(dict(audio="a.wav", prompt="A or B?", reference="A")) + "\n")
+    with pytest.raises(common.UserError, match="multiple choice"):
+        common.read_set(f"voicebench:{tmp_path / 'set.jsonl'}", "French")
+
+
+def test_a_recording_of_an_odd_rate_is_heard(tmp_path):
+    """Against the same tone made at 16 kHz; torchaudio's own filter would take 2 GB here."""
+    seconds = np.arange(22254) / 22254
+    soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * seconds), 22254)
+    wave = common.read_audio(tmp_path / "a.wav")
+    assert len(wave) == 16000
+    assert np.abs(wave.numpy() - 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)).max() < 1e-3
+
+
 @pytest.fixture
 def run(tmp_path, model, monkeypatch):
     """04 on a set, by the untrained systems -> results.json's content."""
@@ -159,7 +178,8 @@ def run(tmp_path, model, monkeypatch):
         monkeypatch.setattr(evaluate, "available", lambda args: [*systems])
         monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "work"), "--data", spec, *flags])
         evaluate.main()
-        return json.loads((tmp_path / "work" / f"results-{name}.json").read_text())
+        [path] = (tmp_path / "work").glob(f"results-*-{name}.json")        # the folder's name comes first
+        return json.loads(path.read_text())
     return go
 
 
@@ -172,10 +192,10 @@ def test_sets_of_one_task_and_two_targets(tmp_path, waves, run):
     held = [run(spec.rpartition(":")[0] + f":{target}", "--conditions", "clean,speed:1.5,loss:5,clean", name=f"test-{language}")
             for target, language in (("cmn_hans_cn", "Chinese"), ("de_de", "German"))]
     assert held[0]["tokenizer"] == "zh" and held[1]["tokenizer"] == "13a" and held[0]["conditions"] == ["clean", "speed:1.5", "loss:5"]
-    answers = [(tmp_path / "work" / "answers" / f"test-{language}" / "text.clean.jsonl").read_text() for language in ("Chinese", "German")]
+    answers = [(tmp_path / "work" / "answers" / f"en_us-test-{language}" / "text.clean.jsonl").read_text() for language in ("Chinese", "German")]
     assert answers[0] != answers[1]
-    assert "s2tt BLEU by condition" in (tmp_path / "work" / "results-test-German.md").read_text()
-    assert (tmp_path / "work" / "results-test-German-conditions.png").exists()
+    assert "s2tt BLEU by condition" in (tmp_path / "work" / "results-en_us-test-German.md").read_text()
+    assert (tmp_path / "work" / "results-en_us-test-German-conditions.png").exists()
     spec, _, _ = voicebench(tmp_path, waves)              # instruct without references
     path = tmp_path / "judged.jsonl"
     path.write_text((tmp_path / "set.jsonl").read_text().splitlines()[0] + "\n")
@@ -190,11 +210,11 @@ def test_what_cant_be_heard_counts_as_wrong_until_it_can(tmp_path, waves, run, c
     assert rows["init", "accuracy"]["n"] == 2 and rows["init", "accuracy"]["value"] == 50      # Paris, and nothing
     assert [*held["broken"]] == ["gone.wav"] and rows["init", "WER"]["value"] > 50
     assert "gone.wav" in capsys.readouterr().out
-    answers = common.read_jsonl(tmp_path / "work" / "answers" / "llama_questions_300" / "init.clean.jsonl")
+    answers = common.read_jsonl(tmp_path / "work" / "answers" / f"{tmp_path.name}-llama_questions_300" / "init.clean.jsonl")
     assert "Paris" in answers[0]["answer"] and answers[1]["answer"] == ""
     record(tmp_path / "gone.wav", waves[3])
     held = run(spec, "--conditions", "clean", name="llama_questions_300")
-    answers = common.read_jsonl(tmp_path / "work" / "answers" / "llama_questions_300" / "init.clean.jsonl")
+    answers = common.read_jsonl(tmp_path / "work" / "answers" / f"{tmp_path.name}-llama_questions_300" / "init.clean.jsonl")
     assert not held["broken"] and "Armstrong" in answers[1]["answer"]
 
 

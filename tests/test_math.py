@@ -1,6 +1,8 @@
 """The method's formulas against independent references: brute force, hand-written float64 loops, torch, sacrebleu."""
+import contextlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,7 +187,7 @@ def test_a_paired_difference_is_tighter_than_its_parts():
 
 
 def test_seeds_of_a_system_are_one_row_with_their_mean():
-    """Against plain numpy: value, interval (items resampled, all seeds with the same) and paired difference."""
+    """Against plain numpy: value, paired difference, and its interval, items and seeds resampled one resample at a time."""
     generator = np.random.default_rng(1)
     answers = ["the cat sat on the mat", "a dog ran far away", "it rained all day long", "birds sing in the morning"]
     base, seeds = generator.normal(50, 10, 60), generator.normal(52, 10, (3, 60))
@@ -199,11 +201,46 @@ def test_seeds_of_a_system_are_one_row_with_their_mean():
     row = rows["rba", "accuracy"]
     assert row["value"] == pytest.approx(seeds.mean()) and row["seeds"] == pytest.approx(seeds.mean(1)) and "seeds" not in rows["sft", "accuracy"]
     assert row["difference"] == pytest.approx(seeds.mean() - base.mean())
-    _, low, high = common.bootstrap((seeds.mean(0) - base)[:, None])
-    assert (row["difference_low"], row["difference_high"]) == pytest.approx((low, high))
+    differences = []
+    for _ in range(4000):
+        items, drawn = generator.integers(60, size=60), generator.integers(3, size=3)
+        own = seeds[:, items].mean(1)
+        differences.append(own.mean() + (own[drawn].mean() - own.mean()) * 1.5 ** 0.5 - base[items].mean())
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=0.4)
+    assert row["difference_high"] - row["difference_low"] > np.diff(common.bootstrap((seeds.mean(0) - base)[:, None])[1:])
     own = [float(evaluate.chrf(corpus.sum(0), 4)) for corpus in corpora]
     assert rows["rba", "chrF"]["seeds"] == pytest.approx(own) and rows["rba", "chrF"]["value"] == pytest.approx(np.mean(own))
-    assert evaluate.without_seed("rba+opd-s12") == "rba+opd" and evaluate.without_seed("sft-seed") == "sft-seed"
+    found = {(r["system"], r["base"]): r for r in evaluate.between({"clean": {"text": measured["clean"]["sft"], **measured["clean"], "kd": [
+        {("sqa", "accuracy"): (base[:, None] + 5, evaluate.mean)}]}})}
+    assert found.keys() == {(a, b) for a in ("sft", "rba", "kd") for b in ("sft", "rba", "kd") if a != b}
+    assert [found["kd", "sft"][key] for key in ("difference", "low", "high")] == pytest.approx([5, 5, 5]) and found["sft", "kd"]["difference"] == pytest.approx(-5)
+    assert [found["rba", "sft"][key] for key in ("difference", "low", "high")] == [row[key] for key in ("difference", "difference_low", "difference_high")]
+    lines = []
+    evaluate.between_table(list(found.values()), lines)
+    assert "| kd | +5.0* | " in lines[-1] and lines[-1].endswith("|  |")
+    assert common.without_seed("rba+opd-s12") == "rba+opd" and common.without_seed("sft-seed") == "sft-seed"
+
+
+def test_wins_are_over_all_pairs_of_seeds_and_daggers_know_the_judge():
+    """By counting: the system wins against one of the two seeds of sft."""
+    judged = ("instruct", "log π_T")
+    rows = {name: [{judged: (np.full((4, 1), value), evaluate.mean), ("instruct", "tokens"): (np.ones((4, 1)), evaluate.mean)} for value in values]
+            for name, values in (("sft", (-0.9, -3.0)), ("rba", (-1.0, -1.0)), ("kd", (-0.5, -3.0)))}
+    found = {row["system"]: row for row in evaluate.compare({"clean": rows}) if row["metric"] == "wins"}
+    assert found["rba"]["value"] == 50 and found["kd"]["value"] == pytest.approx((100 + 25) / 2) and found["kd"]["seeds"] == [100, 25]
+    history = [dict(objective="kd"), dict(objective="rl", rewards={"rm": 1.0})]
+    assert evaluate.trained_on(history, True) == ["judge", "rm", "token"] and evaluate.trained_on(history[1:], False) == ["rm"]
+    assert evaluate.trained_on([dict(objective="sft")], True) == []
+
+
+def test_an_item_twice_in_a_batch_gets_other_samples(monkeypatch):
+    monkeypatch.setattr(common, "sample", lambda llm, prompts, end, most, seeds, temperature: seeds)
+    monkeypatch.setattr(common, "autocast", lambda llm: contextlib.nullcontext())
+    model = SimpleNamespace(llm=None, end_id=0, speech_prompts=lambda heard, prompts: prompts)
+    args = SimpleNamespace(seed=0, k=2, max_new=4, temperature=1.0, baseline="loo")
+    seeds, _ = rl.rollout(model, [dict(id="a", prompt=""), dict(id="b", prompt=""), dict(id="a", prompt="")], None, args, "rba", 3, [0, 0, 1])
+    assert len({seed for row in seeds for seed in row}) == 6
+    assert seeds[0] == [common.derive_seed(0, "rba", 3, "a", k) for k in range(2)]     # as without a repetition
 
 
 def test_learning_rate_and_batches():

@@ -1,5 +1,6 @@
 """Real models and real speech: what is said is heard, batches change nothing, log-probabilities are the model's own."""
 import contextlib
+import copy
 import math
 import os
 import pickle
@@ -366,6 +367,46 @@ def test_log_probabilities_are_the_models_own_loss(model):
             inputs = torch.cat([prompt, embeds(model, y)])[None]
             loss = model.llm(inputs_embeds=inputs, labels=torch.tensor([[-100] * len(prompt) + y])).loss
             assert float(-lp.mean()) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_an_llm_is_used_only_where_its_parts_compute_what_it_computes(model, tmp_path):
+    """Tiny random ones of real classes: those that scale or cap logits behind the head, and those of other parts, are named; logits by
+    the model itself."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    size = dict(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    cases = dict(llama=None, qwen2=None, qwen3=None, phi3=None, olmo2=None, granite="differ from its own", cohere="differ from its own",
+                 gemma2="differ from its own", gpt2="linear")
+    for kind, said in cases.items():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **size, **dict(granite=dict(logits_scaling=8.0), gemma2=dict(final_logit_softcapping=0.1)).get(kind, {}))
+        config.pad_token_id = config.eos_token_id = config.bos_token_id = None
+        llm = AutoModelForCausalLM.from_config(config).eval()
+        error = common.own_error(model.tokenizer, llm)
+        assert error is None if said is None else said in str(error), (kind, error)
+    llm.save_pretrained(tmp_path)                         # GPT-2
+    model.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="this kind of LLM .gpt2. can't be used here .it has no linear layers"):
+        common.load_llm(str(tmp_path))
+
+
+def test_ids_that_the_teacher_has_not_are_scored(model):
+    """Published students have more rows than tokens: what has no row in the teacher counts as its last."""
+    import transformers
+    torch.manual_seed(0)
+    teacher = common.Teacher.__new__(common.Teacher)
+    teacher.model, teacher.llm = model, transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=49140, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)).eval()
+    items = [dict(text="Who is it?", prompt="")]
+    found, wanted = (common.token_log_probs(*teacher.answer_states(items, [y])) for y in ([5, 49150, 2], [5, 49139, 2]))
+    assert found.isfinite().all() and torch.equal(found, wanted)
+
+
+def test_a_template_that_cant_be_split_is_one_line(model):
+    tokenizer = copy.deepcopy(model.tokenizer)
+    for template in ("{{ raise_exception('System role not supported') }}", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ messages[0].content }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(common.UserError, match="its chat template can't be used"):
+            common.chat_parts(tokenizer)
 
 
 def test_text_llm_is_the_base_model_whatever_the_adapter(model):
