@@ -48,6 +48,7 @@ def dies_in_one_of_two(script, work, flags, die_at):
     return err
 
 
+@pytest.mark.slow
 def test_01_with_a_process_killed_in_a_write_goes_on_with_two(work, tmp_path):
     (tmp_path / "data" / "batches").mkdir(parents=True)
     for path in (work / "data" / "batches").glob("[is][nq]*"):     # as if instruct and sqa were done before: they take longest
@@ -444,6 +445,19 @@ def test_bad_input_is_one_line(name, copy, model, monkeypatch, capsys):
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0], lines
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before} == before
     assert not list(copy.rglob("*tmp")) and not (copy / "executed").exists()
+
+
+@pytest.mark.parametrize("script, flags, left", [("02_sft_warmup", TRAIN, ["sft", "sft+"]), ("03_rba_rl", ("--max-steps", 1, "--batch-size", 2), ["rba"])])
+def test_processes_leave_out_together_what_one_of_them_cant_do(script, flags, left, copy, model, monkeypatch):
+    """Another process has no teacher: kd and opd must not run here either. It is played by what `gather` gives."""
+    ran = []
+    monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
+    monkeypatch.setattr(common, "Teacher", lambda *_: object())
+    monkeypatch.setattr(stage(script), "train", lambda *args, **_: ran.append(next(arg for arg in args if isinstance(arg, str))))   # its name
+    monkeypatch.setattr(common, "gather", lambda own: [*own, False])
+    monkeypatch.setattr(sys, "argv", [script, "--work", str(copy), *map(str, flags)])
+    stage(script).main()
+    assert ran == left
 
 
 def test_a_torch_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
