@@ -138,6 +138,17 @@ class WordLlama:
         return torch.nn.functional.normalize(torch.stack([self.table[row].sum(0) for row in ids]), dim=-1)
 
 
+def remembered(encode):
+    """The same encoder, which encodes a text once: references are every system's, and some items stand in two tables."""
+    held = {}
+
+    def rows(texts):
+        new = [text for text in dict.fromkeys(texts) if text not in held]
+        held.update(zip(new, encode(new) if new else ()))
+        return torch.stack([held[text] for text in texts])
+    return rows
+
+
 QUESTION = ("Which of two answers to a spoken request is better: more helpful, more correct, more to the point? Reply with the letter A or B "
             "alone.\n\nRequest: {text}\n\nAnswer A: {a}\n\nAnswer B: {b}")
 
@@ -558,8 +569,8 @@ def report(held, path):
     between_table(held.get("between", []), lines)
     robustness_table(held["rows"], lines)
     lines += ["\n\\* the 95 % interval of the paired difference to `sft` excludes 0. † the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
-              "References of 01's items are the teacher's own: sqa and instruct measure agreement with it (`text`, which shares its "
-              "weights, is near 100 but where bfloat16 rounding parts two greedy paths), s2tt too, whatever its translations are worth. BLEU: "
+              "References of 01's items are the teacher's own: sqa and instruct measure agreement with it (even `text`, which may share its "
+              "weights, differs where rounding parts two greedy paths), s2tt too, whatever its translations are worth. BLEU: "
               f"`{signature(sacrebleu.BLEU(tokenize=held['tokenizer']))}`, chrF: `{signature(sacrebleu.CHRF())}`."]
     common.write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
     plot(held["rows"], path.with_suffix(".png"))
@@ -612,7 +623,7 @@ def main():
     name = ("" if inside else f"{source.resolve().parent.name}-") + source.stem            # many sets have a file test.tsv
     name += "".join(f"-{language}" for language in languages if ":" in (args.data or ""))  # and one file may have many targets
     model = common.load_speechlm(vars(args), device)
-    encoders, teacher = dict(similarity=WordLlama(), semantic=common.Embedder(args.embedder, device)), None
+    encoders, teacher = dict(similarity=remembered(WordLlama()), semantic=remembered(common.Embedder(args.embedder, device))), None
     try:
         teacher = common.Teacher(model, args.teacher)
     except UserError as error:                            # log pi_T and the wins by it are left out

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import soundfile
+import torch
 from conftest import SENTENCES, stage
 
 import common
@@ -153,6 +154,14 @@ def test_a_set_that_is_none_is_one_line(tmp_path):
     for spec in (f"llama_questions:{tmp_path}", f"mustc:{tmp_path}", f"openaudiobench:{tmp_path}", f"covost2:{tmp_path / 'x.tsv'}"):
         with pytest.raises(common.UserError, match="--data"):
             common.read_set(spec, "French")
+
+
+def test_an_encoder_that_remembers_gives_what_it_gave():
+    encode, asked = evaluate.WordLlama(), []
+    once = evaluate.remembered(lambda texts: asked.extend(texts) or encode(texts))
+    for texts in (list(SENTENCES), [SENTENCES[2], "More.", SENTENCES[2]], list(SENTENCES[:1])):
+        assert torch.equal(once(texts), encode(texts))
+    assert asked == [*SENTENCES, "More."]
 
 
 def test_multiple_choice_is_not_scored_by_containment(tmp_path):
