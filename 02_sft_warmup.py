@@ -230,9 +230,10 @@ def main():
     runs = [("sft", "sft", "none", warm_up), ("kd", "kd", start, distill), ("sft+", "sft", start, budget)]
     if args.objective:
         [(name, objective, init, numbers)] = [run for run in runs if run[0] == args.objective]
-        runs = [(args.out or name, objective, args.given.get("init", init), numbers)]
-        if str(runs[0][2]) != "none":
-            common.load_checkpoint(runs[0][2], "rba-speechlm-1")   # before the models are loaded: it may be missing
+        init = args.given.get("init", init)
+        runs = [(args.out or name, objective, init, numbers)]
+        if str(init) != "none":
+            common.load_checkpoint(init, "rba-speechlm-1")    # before the models are loaded: it may be missing
     splits = {split: common.read_items(args.work, split) for split in ("train", "valid")}
     args.source, folder = args.work / "data" / "train.jsonl", None
     if args.data:

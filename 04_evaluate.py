@@ -5,10 +5,10 @@
 - Systems: `text` (LoRA off, gold words: the teacher where the two LLMs are one), `cascade` (Whisper's transcript, same
   LLM), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds; any other NAME.pt likewise.
 - `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
-  the same in its first 16 words, exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine to y_T under an encoder that is no reward
-  (`similarity`) and under the reward's (`semantic`), the teacher's mean log-likelihood of the answer given the gold words, and the
-  win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU and chrF (sacrebleu; against the teacher's translation, so
-  agreement, not quality). WER of Whisper's transcript: covariate.
+  the same in its first 16 words, exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine to y_T under an
+  encoder that is no reward (`similarity`) and under the reward's (`semantic`), the teacher's mean log-likelihood of the answer
+  given the gold words, and the win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU and chrF (sacrebleu; against the
+  teacher's translation, so agreement, not quality). WER of Whisper's transcript: covariate.
 - 95 % percentile bootstrap over items; differences to `sft` paired. A star where the interval of the difference excludes 0. † a
   metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds: one row, the mean
   over them with their range; resamples draw seeds as well as items. A second table sets every system against every other.
@@ -366,6 +366,17 @@ def ask(args, systems):
 
 
 # ------------------------------------------------------------------------------------------------------- report
+def minus(own, theirs):
+    """A system's (statistics (N, C), aggregate) minus another's -> the same of the difference, columns side by side: paired over items."""
+    c = own[0].shape[1]
+    return np.concatenate([own[0], theirs[0]], 1), lambda sums, n: own[1](sums[..., :c], n) - theirs[1](sums[..., c:], n)
+
+
+def excludes_zero(statistics, low, high):
+    """Of one item there is no interval."""
+    return len(statistics) > 1 and bool(low > 0 or high < 0)
+
+
 def compare(measured, base="sft", seed=0):
     """{condition: {system: [a seed's statistics, ...]}} -> rows: value, interval, paired difference to `base`, gap recovered."""
     rows = []
@@ -386,22 +397,16 @@ def compare(measured, base="sft", seed=0):
                     row["seeds"] = [float(score(own.sum(0), len(own))) for own, score in seeds]
                 other = one.get(base, {}).get((task, metric))
                 if other is not None and system != base:
-                    c, z = statistics.shape[1], statistics.shape[1] + other[0].shape[1]
-                    columns = np.concatenate([statistics, other[0]], 1)
-                    def difference(sums, n, own=aggregate, theirs=other[1], c=c):
-                        return own(sums[..., :c], n) - theirs(sums[..., c:], n)
+                    columns, difference = minus((statistics, aggregate), other)
                     d = common.bootstrap(columns, difference, seed=seed)
-                    row |= dict(difference=d[0], difference_low=d[1], difference_high=d[2],
-                                separable=len(statistics) > 1 and bool(d[1] > 0 or d[2] < 0))
+                    row |= dict(difference=d[0], difference_low=d[1], difference_high=d[2], separable=excludes_zero(statistics, *d[1:]))
                     text = one.get("text", {}).get((task, metric))
                     if PRIMARY.get(task) == metric and system != "text" and text is not None:
-                        columns = np.concatenate([statistics, other[0], text[0]], 1)
-                        def gap(s, n, theirs=other[1], top=text[1], c=c, z=z):
-                            return top(s[..., z:], n) - theirs(s[..., c:z], n)
-                        if len(statistics) > 1 and common.bootstrap(columns, gap, seed=seed)[1] > 0:
+                        (gaps, gap), z = minus(text, other), columns.shape[1]
+                        if len(statistics) > 1 and common.bootstrap(gaps, gap, seed=seed)[1] > 0:
                             def recovered(s, n, gap=gap, difference=difference, z=z):
-                                return difference(s[..., :z], n) / gap(s, n)
-                            g = common.bootstrap(columns, recovered, seed=seed)
+                                return difference(s[..., :z], n) / gap(s[..., z:], n)
+                            g = common.bootstrap(np.concatenate([columns, gaps], 1), recovered, seed=seed)
                             row |= dict(gap_recovered=g[0], gap_recovered_low=g[1], gap_recovered_high=g[2])
                 rows.append(row)
                 if metric in ("wins", "judged"):          # once more with length taken out
@@ -419,12 +424,9 @@ def between(measured, seed=0):
         one = {system: over_seeds(runs, system) for system, runs in systems.items() if system != "text"}
         for key in PRIMARY.items():
             for (a, own), (b, theirs) in itertools.permutations([(system, metrics[key]) for system, metrics in one.items() if key in metrics], 2):
-                c = own[0].shape[1]
-                def difference(sums, n, own=own[1], theirs=theirs[1], c=c):
-                    return own(sums[..., :c], n) - theirs(sums[..., c:], n)
-                d = common.bootstrap(np.concatenate([own[0], theirs[0]], 1), difference, seed=seed)
+                d = common.bootstrap(*minus(own, theirs), seed=seed)
                 rows.append(dict(condition=condition, metric=" ".join(key), system=a, base=b, difference=d[0], low=d[1], high=d[2],
-                                 separable=len(own[0]) > 1 and bool(d[1] > 0 or d[2] < 0)))
+                                 separable=excludes_zero(own[0], *d[1:])))
     return rows
 
 

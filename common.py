@@ -374,8 +374,11 @@ def _openaudiobench(path):
                                  "trivia_qa": ("question", "answer_normalized_aliases", ","), "alpaca_eval": ("instruction", "output", None)}[path.name]
     items, source = [], path / f"{path.name}.csv"
     for row in _table(source, ","):
-        references = ast.literal_eval(row[answer]) if between and row[answer].startswith("[") else row[answer].split(between) if between else [row[answer]]
-        references += [row[name] for name in ("answer_normalized_value",) if name in row and path.name == "trivia_qa"]
+        references = [row[answer]]
+        if between:
+            references = ast.literal_eval(row[answer]) if row[answer].startswith("[") else row[answer].split(between)
+        if path.name == "trivia_qa":
+            references.append(row.get("answer_normalized_value", ""))
         items.append(dict(id=row["audio_filename"], audio=f"audios/{row['audio_filename']}", text=row[question], reference=references,
                           task="instruct" if path.name == "alpaca_eval" else "sqa"))
     return source, path, items
