@@ -1,376 +1,343 @@
-"""Stage 3: reinforced behaviour alignment, the SpeechLM against its teacher (RBA, step 2).
+"""Stage 3: reinforced behaviour alignment. The SpeechLM learns by preference from its own samples.
 
-[paper] the SpeechLM is aligned to the teacher's behaviour by reinforcement learning; [summary] a pre-trained reward
-model judges its answers. Everything else is [ours]:
-1. K answers y_k ~ pi_theta(. | s, p) at temperature T without truncation; the audio is encoded and prefilled once per
-   prompt. log pi_theta, log pi_ref and log pi_T are of the same T throughout: the policy that acts is the one that learns.
-2. Sequence rewards R_j: `rm`, a pre-trained reward model on the gold text [summary]; `semantic`, cosine of the
-   embeddings of y and y_T; `logp`, mean log pi_T(y_t | x, p, y_<t); `task`, token F1 with the short answer (sqa),
-   sentence chrF with the translation (s2tt).
-3. Token reward r_k,t = log pi_T(y_k,t | x, p, y_k,<t) - log pi_theta(y_k,t | s, p, y_k,<t): on-policy distillation.
-4. A_k,t = sum_j w_j (R_j,k - b_j,k) / sigma_j + w_tok r_k,t - beta sum_{t' >= t} (log pi_theta - log pi_ref)(y_k,t'),
-   detached; b the mean of the prompt's other samples (`loo`) or the greedy answer's reward (`greedy`); sigma_j over the
-   batch (GDPO, arXiv 2601.05242), not the group (Dr. GRPO, 2503.20783); k1 in the reward (2510.01555).
-5. Loss = -sum_k,t A_k,t log pi_theta(y_k,t) / (N K L_max). One update per fresh batch: the ratio is 1, the loss near 0.
-6. A truncated sample has no sequence reward, is left out of `loo`; groups with fewer than two left are skipped.
+1. Sample and judge -> samples/NAME.jsonl, a line an utterance: pi_ref answers x^(s) in every voice; pairs.
+2. Optimise from pi_ref's weights, V = pi_theta / pi_ref of an answer given its own voice's speech:
+   rba-group   L_G = -log sigma(beta log V+ - beta log V-), + and - the answers of one instruction's voices
+               that the reward model likes best and least [Eq. 2];
+   rba-single  L_S alike, + the teacher's y_ref, - the model's own answer, in every voice; no rewards [Eq. 6];
+   either with lambda L_CE beside it [Eq. 5; for rba-single ours], L_CE as in Eq. 1.
 
-Names: `rba` sequence rewards, `opd` token reward alone, `rba+opd` both. Without flags: rba, then opd.
-Reads DIR/data, DIR/sft.pt. Writes DIR/NAME.pt, NAME.config.json, logs/NAME.jsonl, plots/NAME.png.
+Where this departs from the paper, or chooses in its silence [ours]:
+- samples are drawn once a round; --rounds R repeats 1 and 2 with the model that came out, the next round's
+  pi_ref (as SPIN). A fresh sample an update (--rounds = --max-steps) teaches rba-single little at first:
+  E_{y ~ pi_theta} grad log pi_theta(y) = 0;
+- starts from sft.pt, the first pi_ref; --reference none is the paper's variant without (V = pi_theta);
+- log V sums over tokens, end token included, at temperature 1 whatever T the samples were drawn at;
+- no pair where two answers are equal or rewards tie; an answer that was cut is never a positive;
+- one training set: an instruction in one voice (sqa, the paper's RBA-QA) takes part in rba-group by Eq. 6;
+  the paper trains it by rba-single alone, afterwards. L_CE is averaged over utterances, L_G, L_S over pairs.
+
+Reads DIR/data, DIR/sft.pt. Writes samples/NAME.jsonl, NAME.pt, NAME.config.json, logs/NAME.jsonl,
+plots/NAME.png. Without --objective: rba-group, then rba-single.
 
     python 03_rba_rl.py                                       one process
-    torchrun --nproc_per_node 8 03_rba_rl.py --preset small   one node
+    torchrun --nproc_per_node 8 03_rba_rl.py --preset small   one node: the same gradients
 """
-import json
-import math
-import re
-import time
-
 import common                                             # first: it says in one line what is missing
-from common import UserError, derive_seed
+from common import UserError, mean
 
-import sacrebleu
+import itertools
+import random
+from collections import Counter
+
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-FLAGS = {"rewards": dict(help="sequence rewards and weights, e.g. semantic=1,task=1, or none"),
-         "token-reward": dict(type=float, help="weight w_tok of on-policy distillation"),
-         "baseline": dict(help="loo or greedy"), "k": dict(type=int, help="samples per prompt"),
-         "temperature": dict(type=float, help="T of pi_theta, pi_ref and pi_T"),
-         "beta": dict(type=float, help="weight of the KL to the warm-up"),
-         "init": dict(help="checkpoint to start from (default DIR/sft.pt), or none"), "out": dict(help="name of the result"),
-         "max-steps": dict(type=int, help="updates"), "batch-size": dict(type=int, help="prompts an update"),
-         "micro-tokens": dict(type=int, help="tokens a forward pass; lower it when memory runs out"),
+FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one alone"),
+         "beta": dict(type=float, help="β of Eq. 2 and 6"),
+         "lambda-ce": dict(type=float, help="λ of Eq. 5"),
+         "ce-reduction": dict(choices=("sum", "mean"), help="of L_CE over an answer's tokens; Eq. 1: sum"),
+         "temperature": dict(type=float, help="T at which the samples are drawn"),
+         "reward": dict(choices=("semantic", "rm"), help="r of rba-group"),
+         "reward-model": dict(help="of --reward rm: directory or hub id"),
+         "reference": dict(choices=("sft", "none"), help="none: V = pi_theta"),
+         "rounds": dict(type=common.count, help="how often samples are drawn"),
+         "control": dict(choices=("shuffled", "positive", "text"), default="none", help="what must not work "
+                         "as well: pairs by chance; no negative; the true words in the place of speech"),
+         "init": dict(help="checkpoint to start from (default DIR/sft.pt), or none"),
+         "out": dict(help="with --objective: name of the result"),
+         "max-steps": dict(type=common.count, help="updates"),
+         "batch-size": dict(type=common.count, help="groups (instructions) an update"),
+         "micro-tokens": dict(type=common.count, help="tokens a forward pass; lower it when memory runs out"),
          "lr": dict(type=float, help="peak learning rate")}
-REWARDS = ("rm", "semantic", "logp", "task")
+SAMPLED = 32                                              # groups sampled, judged and written at once
 
 
-# ------------------------------------------------------------------------------------------------------ rewards
-def task_reward(item, answer):
-    """Token F1 (best alias) for sqa, sentence chrF / 100 for s2tt, none (NaN) for instruct. arXiv 2509.16990 used BLEU."""
-    if item["task"] == "sqa":
-        return max(common.token_f1(answer, reference) for reference in item["reference"])
-    if item["task"] == "s2tt":
-        return sacrebleu.sentence_chrf(answer, item["reference"]).score / 100
-    return math.nan
+# --------------------------------------------------------------------------------- 1: samples, rewards, pairs
+def sample_and_score(model, reward, items, heard, seeds, args):
+    """One answer y^(s) ~ pi_ref to each of N utterances, its reward, and log pi_ref of y_ref and of y^(s): N
+    rows."""
+    answers = model.answer(heard, [item["prompt"] for item in items], args.max_new, seeds, args.temperature)
+    rewards = reward(items, [answer.text for answer in answers])
+    log_probs, rows = common.answer_log_probs(model, items, heard, answers), []
+    for i, (item, answer) in enumerate(zip(items, answers)):
+        row = {key: item[key] for key in ("id", "group", "task", "voice", "text", "response")}
+        row |= dict(heard=heard[i]["text"], answer=answer.text, ids=answer.ids, ended=answer.ended)
+        rows.append(row | dict(reward=rewards[i], logp_y_ref=log_probs[i][0], logp_answer=log_probs[i][1],
+                               role="", why=""))
+    return rows
 
 
-class Rewards:
-    """The sequence rewards named in `weights`, each (items, answers, answer ids) -> list of floats (NaN: not defined)."""
-
-    def __init__(self, weights, model, teacher, args):
-        self.names, self.model, self.teacher, self.args = list(weights), model, teacher, args
-        self.embed = common.Embedder(args.embedder, model.device) if "semantic" in weights else None
-        self.rm = common.RewardModel(args.reward_model, model.device) if "rm" in weights else None
-
-    def __call__(self, items, answers, ids, taught=None):
-        """`taught`: the answers' log pi_T, where they have been computed already."""
-        out = {}
-        for name in self.names if items else ():
-            if name == "semantic":
-                both = self.embed([*answers, *(item["response"] for item in items)])
-                values = (both[:len(items)] * both[len(items):]).sum(-1).tolist()
-            elif name == "task":
-                values = [task_reward(item, answer) for item, answer in zip(items, answers)]
-            elif name == "rm":
-                values = self.rm(items, answers)
-            else:
-                values = [float(part.mean()) for part in taught or teacher_log_probs(self.model, self.teacher, items, ids, self.args)]
-            if len(values) != len(items):
-                raise UserError(f"reward {name} gave {len(values)} values for {len(items)} answers")
-            bad = [item["id"] for item, value in zip(items, values)
-                   if not math.isfinite(value) and not (name == "task" and item["task"] == "instruct")]
-            if bad:
-                raise UserError(f"reward {name} is not a finite number for item {bad[0]}")
-            out[name] = values
-        return out or {name: [] for name in self.names}
+def decide_pairs(rows, objective, control, seed):
+    """Write `role` into the rows of one group: positive, negative or, with `why`, neither. With the control
+    `shuffled` roles are by chance."""
+    chance = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"]))
+    if objective == "rba-single" or len(rows) == 1:
+        single_roles(rows, chance if control == "shuffled" else None)
+    else:
+        group_roles(rows, chance if control == "shuffled" else None)
 
 
-@torch.no_grad()
-def teacher_log_probs(model, teacher, items, answers, args):
-    """log pi_T(y_t | x, p, y_<t) of N K answers to N items: list of N K (L_i,) float32."""
-    k, parts = len(answers) // max(1, len(items)), []
-    sizes = [common.PROMPT_TOKENS + len(item["text"]) // 4 + sum(map(len, answers[i * k:(i + 1) * k])) for i, item in enumerate(items)]
-    with common.autocast(model.llm):
-        for chunk in common.token_batches(sizes, args.micro_tokens):
-            some = answers[chunk.start * k:chunk.stop * k]
-            states = teacher.answer_states([items[i] for i in chunk], some)
-            parts += common.token_log_probs(*states, args.temperature).split([len(y) for y in some])
-    return parts
-
-
-# ----------------------------------------------------------------------------------------- advantage and loss
-def sequence_advantages(rewards, ended, weights, greedy=None):
-    """sum_j w_j (R_j,k - b_j,k) / sigma_j, the sequence part of the advantage.
-
-    rewards {j: (N, K) float64, NaN where not defined}; ended (N, K) bool; greedy {j: (N,)} rewards of the greedy
-    answers for the `greedy` baseline, None for `loo`. A truncated sample takes no part: its advantage is 0, and it is
-    no baseline for the others; with `loo`, a group with fewer than two left is skipped. sigma_j: standard deviation
-    (over n) of R_j over all samples of the batch that take part; a reward without spread adds nothing.
-    Returns (N, K) float64, {j: (groups skipped, groups without spread)}.
-    """
-    total, counts = torch.zeros(ended.shape, dtype=torch.float64), {}
-    for name, weight in weights.items():
-        reward = rewards[name].double()                                                    # (N, K)
-        valid = ended & reward.isfinite()                                                  # (N, K)
-        value = torch.where(valid, reward, 0.0)
-        n = valid.sum(1, keepdim=True)                                                     # (N, 1)
-        if greedy is None:
-            baseline = (value.sum(1, keepdim=True) - value) / (n - 1).clamp(min=1)         # (N, K) mean of the others
-            used = valid & (n >= 2)
+def single_roles(rows, chance):
+    """Eq. 6: y^(s) is the negative, y_ref the positive, in every row."""
+    for row in rows:
+        if row["answer"] == row["response"]:
+            row["why"] = "equals y_ref"
         else:
-            baseline, used = greedy[name].double()[:, None], valid & greedy[name].isfinite()[:, None]
-        if used.any():
-            sigma = reward[used].std(correction=0)
-            if sigma > 1e-8:
-                total += torch.where(used, weight * (value - baseline) / sigma, 0.0)
-        low, high = (torch.where(valid, reward, fill) for fill in (math.inf, -math.inf))
-        applies = reward.isfinite().any(1)                                                 # (N,) rewards not of this task apart
-        counts[name] = (int((applies & ~used.any(1)).sum()),
-                        int((applies & used.any(1) & ((high.amax(1) - low.amin(1)) < 1e-8)).sum()))
-    return total, counts
+            row["role"] = "positive" if chance and chance.random() < 0.5 else "negative"
 
 
-def token_advantages(sequence, log_probs, teacher=None, reference=None, token_weight=0.0, beta=0.0):
-    """A_t of one sample: its sequence advantage + w_tok r_t - beta * (k1 from t to the end). All (L,), detached."""
-    log_probs = log_probs.detach()                                                         # (L,)
-    advantage = torch.full_like(log_probs, float(sequence))                                # (L,)
-    if token_weight:
-        advantage += token_weight * (teacher - log_probs)                                  # r_t, not centred, not scaled
-    if beta:
-        advantage -= beta * (log_probs - reference).flip(0).cumsum(0).flip(0)              # sum over t' >= t
-    return advantage
+def group_roles(rows, chance):
+    """Eq. 2: s+ = argmax R, s- = argmin R."""
+    rewards = [row["reward"] for row in rows]
+    if chance:
+        chance.shuffle(rewards)
+    complete = [s for s in range(len(rows)) if rows[s]["ended"]]
+    best = max(complete, key=rewards.__getitem__, default=0)                               # s+
+    worst = min(range(len(rows)), key=rewards.__getitem__)                                 # s-
+    reason = ""
+    if not complete:
+        reason = "no answer ended"
+    elif rewards[best] <= rewards[worst]:
+        reason = "rewards tie"
+    elif rows[best]["answer"] == rows[worst]["answer"]:
+        reason = "answers are equal"
+    for s, row in enumerate(rows):
+        row["why"] = reason or "between"
+        if not reason and s in (best, worst):
+            row |= dict(role="positive" if s == best else "negative", why="")
 
 
-def policy_loss(log_probs, advantages, n, k, l_max):
-    """-sum_k,t A_k,t log pi_theta(y_k,t) / (N K L_max): a constant divisor, so that micro-batches and processes add up."""
-    return -sum((a * lp).sum() for a, lp in zip(advantages, log_probs)) / (n * k * l_max)
-
-
-# ----------------------------------------------------------------------------------------------------- rollout
-def rollout(model, items, heard, args, name, step, again):
-    """K samples per prompt (and the greedy answer, if it is the baseline), speech heard once per prompt. again: how often each item
-    stands earlier in the batch, as at the end of an epoch, so that its samples are others.
-
-    -> samples: N lists of K (ids, ended), greedy: N (ids, ended) or None.
-    """
-    seeds = [[derive_seed(args.seed, name, step, item["id"], k + args.k * before) for k in range(args.k)] for item, before in zip(items, again)]
-    with torch.no_grad(), common.autocast(model.llm):
-        prompts = model.speech_prompts(heard, [item["prompt"] for item in items])
-        samples = common.sample(model.llm, prompts, model.end_id, args.max_new, seeds, args.temperature)
-        greedy = common.sample(model.llm, prompts, model.end_id, args.max_new) if args.baseline == "greedy" else None
-    return samples, greedy and [replies[0] for replies in greedy]
-
-
-def log_probs_of(model, items, heard, answers, prompts, samples, temperature):
-    """log pi_theta(y_t | s, p, y_<t) of some samples of some prompts (indices), the same number of each: list of (L,)."""
-    vectors = model.speech_prompts([heard[i] for i in prompts], [items[i]["prompt"] for i in prompts])
-    some = [answers[s] for s in samples]
-    return common.token_log_probs(model.llm, *common.answer_states(model.llm, vectors, some), temperature).split([len(y) for y in some])
-
-
-# ---------------------------------------------------------------------------------------------------- training
-def train(model, teacher, name, weights, token_weight, init, data, args, rank, world):
-    """One RL run from `init` to DIR/NAME.pt; resumes from NAME.resume.pt."""
-    work, log, resume = args.work, args.work / "logs" / f"{name}.jsonl", args.work / f"{name}.resume.pt"
-    (items, heard), steps, k = data, args.rl_steps, args.k
-    n, lr = args.rl_prompts, args.distill_lr if token_weight else args.rl_lr
-    facts = dict(objective="rl", rewards=weights, token_reward=token_weight, baseline=args.baseline, k=k, beta=args.beta,
-                 temperature=args.temperature, init=common.fingerprint(init), steps=steps, prompts=n, lr=lr, max_new=args.max_new,
-                 seed=args.seed, data=common.fingerprint(work / "data" / "train.jsonl"))
-    config, done = work / f"{name}.config.json", common.is_done(work / f"{name}.pt", work / f"{name}.config.json")
-    if not done:                                          # what can't be loaded leaves no configuration behind
-        parent, rewards = model.load(init), Rewards(weights, model, teacher, args)
-    if rank == 0:
-        common.record_config(config, model.config | facts)
-    common.barrier()
-    if done:
-        if rank == 0:
-            resume.unlink(missing_ok=True)
-            print(f"{name}: done already ({work / name}.pt)")
-        return
-    model.freeze_reference()                              # pi_ref is the warm-up checkpoint
-    optimizer = common.make_optimizer(model)
-    first, _, skipped = common.load_resume(resume, model, optimizer, log)
-    facts |= dict(history=[*parent.get("history", []), dict(facts)], heard=parent.get("heard", []))
-    l_max, own = args.max_new + 1, {}                     # with the end token; {item id: the teacher's own rewards}
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="update", disable=rank > 0)
-    for step in bar:
-        started = time.time()
-        # ---- rollout
-        batch = common.batch_at(len(items), n, step, args.seed, "items", len(parent.get("history", [])))
-        mine = sorted(range(rank, n, world), key=lambda at: items[batch[at]]["seconds"])
-        again, mine = [batch[:at].count(batch[at]) for at in mine], [batch[at] for at in mine]
-        rows, sounds = [items[i] for i in mine], [heard[i] for i in mine]
-        samples, greedy = rollout(model, rows, sounds, args, name, step, again) if mine else ([], None)
-        rollout_seconds = time.time() - started
-        # ---- rewards: the samples', the greedy answers', the teacher's own
-        flat = [sample for replies in samples for sample in replies]                       # (N K) prompt by prompt
-        answers = [ids + [model.end_id] * ended for ids, ended in flat]
-        texts = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in flat]
-        repeated = [row for row in rows for _ in range(k)]
-        taught = teacher_log_probs(model, teacher, rows, answers, args) if teacher else [None] * len(answers)   # (N K) of (L,)
-        scores = rewards(repeated, texts, answers, taught)
-        new = [row for row in rows if row["id"] not in own]
-        found = rewards(new, [row["response"] for row in new], [model.answer_ids(row["response"]) for row in new])
-        own |= {row["id"]: {j: found[j][i] for j in weights} for i, row in enumerate(new)}
-        if greedy:
-            finished = [ended for _, ended in greedy]
-            greedy = rewards(rows, [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in greedy],
-                             [ids + [model.end_id] * ended for ids, ended in greedy])
-            greedy = {j: [v if e else math.nan for v, e in zip(values, finished)] for j, values in greedy.items()}
-        # ---- advantage: sigma_j is the whole batch's, so the rewards of all processes are gathered
-        everyone = common.gather([(rank, [[scores[j][i * k:(i + 1) * k] for j in weights] for i in range(len(rows))],
-                                   [[ended for _, ended in replies] for replies in samples],
-                                   [[greedy[j][i] for j in weights] for i in range(len(rows))] if greedy else None)])
-        ended = torch.tensor([row for part in everyone for row in part[2]])                # (N, K)
-        stacked = torch.tensor([row for part in everyone for row in part[1]], dtype=torch.float64).reshape(n, len(weights), k)
-        by_name = {j: stacked[:, at] for at, j in enumerate(weights)}                      # {j: (N, K)}
-        base = {j: torch.tensor([row[at] for part in everyone for row in part[3] or ()]) for at, j in enumerate(weights)
-                } if args.baseline == "greedy" and weights else None
-        advantage, counts = sequence_advantages(by_name, ended, weights, base)             # (N, K)
-        offset = sum(len(part[1]) for part in everyone if part[0] < rank)
-        # ---- loss: each prompt is computed once for its K samples
-        kl = entropy = gap = total = 0.0
-        with_kl = args.beta or step % 10 == 0             # with beta 0 the KL is only logged, by one sample of each prompt
-        sizes = [common.PROMPT_TOKENS + len(sounds[i]["ids"]) + sum(map(len, answers[i * k:(i + 1) * k])) for i in range(len(rows))]
-        order = sorted(range(len(rows)), key=sizes.__getitem__)
-        for chunk in common.token_batches([sizes[i] for i in order], args.micro_tokens):
-            chosen = [order[at] for at in chunk]
-            members = [i * k + j for i in chosen for j in range(k)]
-            compared, reference = members[::1 if args.beta else k], {}
-            with common.autocast(model.llm):
-                if with_kl:
-                    with torch.no_grad(), model.as_reference():
-                        reference = dict(zip(compared, log_probs_of(model, rows, sounds, answers, chosen, compared, args.temperature)))
-                log_probs = log_probs_of(model, rows, sounds, answers, chosen, members, args.temperature)   # K per prompt, each (L,)
-                advantages = [token_advantages(advantage[offset + s // k, s % k], lp, taught[s], reference.get(s), token_weight, args.beta)
-                              for s, lp in zip(members, log_probs)]
-                loss = policy_loss(log_probs, advantages, n, k, l_max)
-            loss.backward()
-            total += float(loss.detach())
-            log_probs = {s: lp.detach() for s, lp in zip(members, log_probs)}
-            kl += sum(float((log_probs[s] - r).sum()) for s, r in reference.items()) * (1 if args.beta else k)
-            entropy -= sum(float(lp.sum()) for lp in log_probs.values())
-            gap += sum(float((taught[s] - lp).sum()) for s, lp in log_probs.items()) if teacher else 0.0
-        sums = [sum(column) for column in zip(*common.gather([(total, kl, entropy, gap, sum(map(len, answers)))]))]
-        norm = common.optimizer_step(optimizer, common.learning_rate(step, steps, lr), sums[0])
-        update_seconds = time.time() - started - rollout_seconds   # rewards and teacher included
-        skipped.append(norm is None)
-        # ---- log
-        parts = common.gather([{j: [own[item["id"]][j] for item in rows] for j in weights}])
-        row = dict(step=step, loss=sums[0], grad_norm=norm, kl=sums[1] / (n * k) if with_kl else None, entropy=sums[2] / sums[4],
-                   tokens=sums[4] / (n * k), truncated=1 - float(ended.double().mean()),
-                   rollout_seconds=round(rollout_seconds, 2), update_seconds=round(update_seconds, 2),
-                   tokens_per_second=round(sums[4] / (rollout_seconds + update_seconds), 1))
-        if teacher:
-            row["token_reward"] = sums[3] / sums[4]       # mean of log pi_T - log pi_theta: minus the reverse KL
-        for j in weights:
-            valid = by_name[j][ended & by_name[j].isfinite()]
-            taught_own = [v for part in parts for v in part[j] if math.isfinite(v)]
-            row[j] = dict(mean=float(valid.mean()) if len(valid) else None, std=float(valid.std(correction=0)) if len(valid)
-                          else None, teacher=sum(taught_own) / max(1, len(taught_own)), groups_skipped=counts[j][0] / n,
-                          groups_without_spread=counts[j][1] / n)
-        if rank == 0:
-            row["sample"] = dict(id=repeated[0]["id"], text=repeated[0]["text"], prompt=repeated[0]["prompt"],
-                                 answer=texts[0], ended=flat[0][1], rewards={j: scores[j][0] for j in weights})
-            common.append_jsonl(log, row)
-            if (step + 1) % max(1, steps // 4) == 0:
-                tqdm.write(f"{name} {step + 1}/{steps}: {json.dumps(row['sample'], ensure_ascii=False)[:240]}")
-            if (step + 1) % max(1, min(10, steps // 4)) == 0 and step + 1 < steps:
-                common.save_resume(resume, model, optimizer, step + 1, None)
-        shown = {j: f"{row[j]['mean']:.3f}" for j in weights if row[j]["mean"] is not None}
-        bar.set_postfix(shown | ({"token": f"{row['token_reward']:.3f}"} if teacher else {})
-                        | ({"skipped": sum(skipped)} if any(skipped) else {}), tokens=f"{row['tokens']:.0f}")
-        common.stop_if_all_skipped(skipped, name, model, work / f"{name}.stopped.pt", **facts)
-    if rank == 0:                                         # the checkpoint last: it says that the run is complete
-        rows = common.read_jsonl(log)
-        plot(rows, weights, work / "plots" / f"{name}.png", name)
-        model.save(work / f"{name}.pt", **facts, metrics={j: rows[-1][j]["mean"] for j in weights})
-        resume.unlink(missing_ok=True)
-    common.barrier()
-
-
-def plot(rows, weights, path, name):
-    """Curves of the run: each reward with the teacher's own, the token reward, KL to the warm-up, length."""
-    pyplot = common.pyplot()
-    panels = [*weights, *(["token_reward"] if "token_reward" in rows[0] else []), "kl", "tokens"]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), squeeze=False)
-    for axis, panel in zip(axes[0], panels):
-        steps = [row["step"] + 1 for row in rows]
-        if panel in weights:
-            axis.plot(steps, [row[panel]["mean"] for row in rows], "k-o", ms=3, label="samples")
-            axis.plot(steps, [row[panel]["teacher"] for row in rows], "k--", label="teacher")
-            axis.legend(fontsize=7)
+def read_samples(path, round_, batches):
+    """Rows of samples/NAME.jsonl -> those of earlier rounds and of this one's whole batches (lists of ids of
+    utterances), numbers of the batches to be drawn: half a batch, as a kill leaves it, is drawn anew."""
+    held, todo = {}, []
+    for row in common.read_jsonl(path, torn=True) if path.exists() else ():
+        held[row["round"], row["id"]] = row
+    kept = [row for (earlier, _), row in held.items() if earlier < round_]
+    for number, ids in enumerate(batches):
+        if all((round_, id_) in held for id_ in ids):
+            kept += [held[round_, id_] for id_ in ids]
         else:
-            axis.plot(steps, [row[panel] for row in rows], "k-o", ms=3)
-        axis.set(title={"token_reward": "log π_T − log π_θ", "kl": "KL to the warm-up", "tokens": "tokens per answer"
-                        }.get(panel, f"reward {panel}"), xlabel="update")
-    figure.suptitle(name)
-    figure.tight_layout()
-    common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    pyplot.close(figure)
+            todo.append(number)
+    common.barrier()                                      # all have read it
+    if common.rank() == 0:
+        common.write_jsonl(path, kept)
+    return kept, todo
 
 
-def parse_rewards(text):
-    """"semantic=1,task=1" -> {"semantic": 1.0, "task": 1.0}; "none" -> {}."""
-    weights = {}
-    for entry in filter(None, text.split(",")) if text != "none" else ():
-        name, _, value = entry.partition("=")
-        if name not in REWARDS or not re.fullmatch(r"\d*\.?\d+", value or "1"):
-            raise UserError(f"--rewards {entry}: not NAME=WEIGHT with NAME one of {', '.join(REWARDS)}")
-        if name in weights or float(value or 1) == 0:
-            raise UserError(f"--rewards {text}: {name} twice or with weight 0; name each reward once, with a weight")
-        weights[name] = float(value or 1)
-    return weights
+def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
+    """A round's samples of `groups` (lists of indices): {utterance id: row}, and a line each in the file. They
+    are drawn in batches of SAMPLED groups, which the processes share."""
+    path = args.work / "samples" / f"{run.name}.jsonl"
+    batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
+    ids = [[items[i]["id"] for group in batch for i in group] for batch in batches]
+    rows, todo = read_samples(path, round_, ids)
+    bar = tqdm(todo, desc=f"sample {run.name}", unit="batch", leave=False, disable=common.rank() > 0)
+    for number in bar:
+        my_groups, decided = batches[number][common.rank()::common.world()], []
+        utterances = list(itertools.chain(*my_groups))
+        some, sounds = [items[i] for i in utterances], [heard[i] for i in utterances]
+        seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in some]
+        scored = iter(sample_and_score(model, reward, some, sounds, seeds, args))
+        for group in my_groups:
+            of_group = [{"round": round_} | next(scored) for _ in group]
+            decide_pairs(of_group, args.objective, args.control, args.seed)
+            decided.append(of_group)
+        new = list(itertools.chain(*common.unshare(common.gather(decided), len(batches[number]))))
+        rows += new
+        if common.rank() == 0:
+            common.append_jsonl(path, new)
+    return {row["id"]: row for row in rows if row["round"] == round_}
+
+
+def describe(samples):
+    """What a round's samples could teach: reward by voice and within groups, best of a group against its mean
+    (the headroom), how often s+ was heard better than s- (the reward may only be choosing who was heard
+    well), pairs left."""
+    groups, out = {}, {}
+    for row in samples:
+        groups.setdefault(row["group"], []).append(row)
+    for voice in sorted({row["voice"] for row in samples}):
+        out[f"samples/reward/{voice}"] = mean(row["reward"] for row in samples if row["voice"] == voice)
+    several = [[row["reward"] for row in rows] for rows in groups.values() if len(rows) > 1]
+    if len(several) > 1:
+        spread = [torch.tensor(rewards).var() for rewards in several]
+        out["samples/variance_within"] = float(torch.stack(spread).mean())
+        out["samples/variance_between"] = float(torch.tensor([mean(rewards) for rewards in several]).var())
+        out["samples/headroom"] = mean(max(rewards) - mean(rewards) for rewards in several)
+    better = []
+    for rows in groups.values():
+        paired = [row for row in rows if row["role"]]
+        errors = {row["role"]: common.word_errors(row["text"], row["heard"])[0] for row in paired}
+        if len(errors) == 2:
+            gap = errors["negative"] - errors["positive"]
+            better.append((gap > 0) + 0.5 * (gap == 0))
+    out |= {"samples/reward": mean(row["reward"] for row in samples),
+            "samples/positive_heard_better": mean(better),
+            "samples/ended": mean(row["ended"] for row in samples),
+            "samples/tokens": mean(len(row["ids"]) for row in samples),
+            "samples/in_a_pair": mean(bool(row["role"]) for row in samples)}
+    return out
+
+
+# -------------------------------------------------------------------------------------------------- 2: losses
+def pair_up(rows, single):
+    """The pairs of one group by its rows' roles, a list of (place of the positive, place of the negative): at
+    place 2 s stands y_ref given x^(s), at 2 s + 1 the model's own y^(s)."""
+    roles = [row["role"] for row in rows]
+    if not single and len(rows) > 1:                      # Eq. 2
+        if "positive" not in roles:
+            return []
+        return [(2 * roles.index("positive") + 1, 2 * roles.index("negative") + 1)]
+    pairs = []
+    for s, role in enumerate(roles):                      # Eq. 6
+        if role:
+            pairs.append((2 * s, 2 * s + 1) if role == "negative" else (2 * s + 1, 2 * s))
+    return pairs
+
+
+def preference_loss(plus, minus, plus_ref, minus_ref, beta):
+    """-log sigma(beta log V+ - beta log V-) of log-probabilities (n,) under pi_theta and pi_ref, summed over
+    tokens; -> (n,), and the implicit rewards beta log V+ and beta log V- (n,)."""
+    beta_log_v_plus = beta * (plus - plus_ref)                                             # (n,) Eq. 3, 7
+    beta_log_v_minus = beta * (minus - minus_ref)                                          # (n,) Eq. 4, 8
+    loss = -F.logsigmoid(beta_log_v_plus - beta_log_v_minus)                               # (n,) Eq. 2, 6
+    return loss, beta_log_v_plus, beta_log_v_minus
+
+
+def losses(log_probs, groups, args):
+    """L_CE of N utterances (N,), and of their pairs {name: (n,)}: the preference loss and TRL's metrics.
+
+    log_probs: 2 N of (L,), of each utterance those of y_ref, then of y^(s); groups: the N rows in groups.
+    """
+    logp = torch.stack([lp.sum() for lp in log_probs])                                     # (2 N,)
+    pairs, reference, single = [], [], args.objective == "rba-single"
+    for rows in groups:
+        first = len(reference)
+        pairs += [(first + plus, first + minus) for plus, minus in pair_up(rows, single)]
+        for row in rows:
+            reference += [row["logp_y_ref"], row["logp_answer"]]
+    reference = logp.new_tensor(reference)                                                 # (2 N,)
+    if args.reference == "none":
+        reference = torch.zeros_like(reference)           # V = pi_theta
+    ce = -logp[::2]                                                                        # (N,) Eq. 1
+    if args.ce_reduction == "mean":
+        ce = ce / ce.new_tensor([len(lp) for lp in log_probs[::2]])
+    plus, minus = torch.tensor(pairs, dtype=torch.long, device=logp.device).view(-1, 2).T  # (n,) each
+    negative, negative_ref = logp[minus], reference[minus]
+    if args.control == "positive":                        # the negative teaches nothing: V- = 1
+        negative = negative_ref = negative.detach()
+    loss, chosen, rejected = preference_loss(logp[plus], negative, reference[plus], negative_ref, args.beta)
+    return ce, {"loss/preference": loss, "rewards/chosen": chosen, "rewards/rejected": rejected,
+                "rewards/accuracies": (1 + (chosen - rejected).sign()) / 2,                # a tie is a half
+                "rewards/margins": chosen - rejected, "logps/chosen": logp[plus], "logps/rejected": negative}
+
+
+def update(model, batch, items, heard, samples, args):
+    """One update's gradients of L_G + lambda L_CE, or L_S + lambda L_CE, on a batch of groups that the
+    processes share; -> metrics. Averages are over the whole batch: micro-batches and processes add up."""
+    groups = [[samples[items[i]["id"]] for i in group] for group in batch]
+    n_pairs = max(1, sum(len(pair_up(rows, args.objective == "rba-single")) for rows in groups))
+    n_utterances, sums = sum(map(len, batch)), Counter()
+    mine, lengths = range(common.rank(), len(batch), common.world()), []
+    for g in mine:
+        words = sum(len(heard[i]["ids"]) for i in batch[g])
+        lengths.append(words + len(batch[g]) * (common.PROMPT_TOKENS + args.max_new))
+    for chunk in common.token_batches(lengths, args.micro_tokens):
+        chosen = [mine[at] for at in chunk]
+        utterances = list(itertools.chain(*(batch[g] for g in chosen)))
+        answers = []
+        for row in itertools.chain(*(groups[g] for g in chosen)):
+            answers.append(common.Answer(row["answer"], row["ids"], row["ended"]))
+        sounds = [heard[i] for i in utterances]
+        log_probs = common.both_log_probs(model, [items[i] for i in utterances], sounds, answers)
+        ce, of_pairs = losses(log_probs, [groups[g] for g in chosen], args)
+        preference = of_pairs["loss/preference"].sum() / n_pairs                           # L_G or L_S
+        loss = preference + args.lambda_ce * ce.sum() / n_utterances                       # Eq. 5
+        loss.backward()
+        sums["loss"] += float(loss.detach())
+        sums["loss/ce"] += float(ce.detach().sum()) / n_utterances
+        for name, values in of_pairs.items():
+            sums[name] += float(values.detach().sum()) / n_pairs
+    metrics = Counter()
+    for own in common.gather([sums]):
+        metrics.update(own)
+    return dict(metrics) | {"pairs": n_pairs, "utterances": n_utterances}
+
+
+# --------------------------------------------------------------------------------------------------- training
+def align(model, items, heard, reward, run, args):
+    """The stage: in each round sample -> reward -> pairs, then in each of its updates loss -> step -> log."""
+    groups, samples = list(common.groups_of(items).values()), None
+    if common.rank() == 0 and not run.resume.exists():    # earlier samples are another run's
+        (args.work / "samples" / f"{run.name}.jsonl").unlink(missing_ok=True)
+    common.barrier()
+    batches, rounds = [], []
+    for step in range(args.max_steps):
+        batches.append(common.batch_at(len(groups), args.batch_size, step, args.seed, "groups"))
+        rounds.append(step * args.rounds // args.max_steps)
+    for step in run.updates():
+        first = rounds.index(rounds[step]) == step        # of its round
+        if first:
+            run.save()                                    # whose weights this round's samples are drawn from
+        if first or samples is None:
+            visited = {g for at, batch in enumerate(batches) if rounds[at] == rounds[step] for g in batch}
+            some = [groups[g] for g in sorted(visited)]
+            samples = sample_and_judge(model, reward, items, heard, some, rounds[step], run, args)
+        if not any(row.get("sampled") == rounds[step] for row in run.rows):
+            run.write({"sampled": rounds[step]} | describe(list(samples.values())))
+        batch = [groups[g] for g in batches[step]]
+        metrics = update(model, batch, items, heard, samples, args)
+        run.update(metrics | {"round": rounds[step]})
+    run.finish()
+    if common.rank() == 0:
+        panels = [["rewards/margins", "rewards/accuracies"], ["logps/chosen", "logps/rejected"],
+                  ["held_out/logps_y_ref"], ["held_out/kl"], ["held_out/tokens"]]
+        common.plot_log(run.rows, panels, args.work / "plots" / f"{run.name}.png")
+
+
+def as_text(model, items):
+    """The true words in the place of what was heard: the control for "it is about hearing"."""
+    rows = []
+    for item in items:
+        ids = model.tokenizer(item["text"], add_special_tokens=False).input_ids
+        if model.published:                               # whose LLM reads vectors alone
+            states = common.embed(model.llm, ids).cpu()
+        else:
+            states = torch.zeros(len(ids), model.bridge.in_features)                       # W h = 0
+        rows.append(dict(text=item["text"], ids=ids, states=states))
+    return rows
 
 
 def main():
     args = common.parse_args(__doc__, FLAGS)
-    for flag, key in (("max_steps", "rl_steps"), ("batch_size", "rl_prompts"), ("lr", "rl_lr"), ("lr", "distill_lr")):
-        if flag in args.given:
-            setattr(args, key, args.given[flag])
-    weights, token_weight = parse_rewards(args.rewards), args.token_reward or 0.0
-    if args.baseline not in ("loo", "greedy"):
-        raise UserError(f"--baseline {args.baseline}: not one of loo, greedy")
-    if args.k < (2 if args.baseline == "loo" and weights else 1):
-        raise UserError(f"--k {args.k}: the loo baseline needs at least 2 samples per prompt; use --k 2 or --baseline greedy")
-    if args.temperature < 0.01:
-        raise UserError(f"--temperature {args.temperature}: must be at least 0.01; there is nothing to learn from K equal answers")
-    if not weights and not token_weight:
-        raise UserError("no reward: give --rewards, --token-reward or both")
-    runs = [("rba", weights, 0.0), ("opd", {}, 1.0)]
-    if {"rewards", "token_reward", "baseline", "k", "beta", "temperature", "init", "out"} & args.given.keys():
-        name = ("rba+opd" if weights else "opd") if token_weight else "rba"
-        runs = [(args.out or name, weights, token_weight)]
-    rank, world, device = common.setup_processes()
-    init = args.given.get("init", args.work / "sft.pt")
-    items = common.read_items(args.work, "train")
-    if args.rl_prompts > len(items):
-        raise UserError(f"a batch of {args.rl_prompts} prompts is larger than the {len(items)} items of train.jsonl; use a smaller "
-                        "--batch-size")
-    if str(init) != "none":
-        common.load_checkpoint(init, "rba-speechlm-1")    # before the models are loaded: it may be missing
-    if rank == 0:
-        others = {args.teacher if any(token or "logp" in own for _, own, token in runs) else args.student} - {args.student}
-        others |= {args.reward_model} - {"none"} if any("rm" in own for _, own, _ in runs) else set()
-        common.print_estimate(args, math.ceil(args.rl_prompts / world) * args.k, others)
+    if args.out and not args.objective:
+        raise UserError("--out is for one --objective; without it the names are fixed")
+    device = common.setup_processes()
+    args.max_steps, args.batch_size = args.max_steps or args.rl_steps, args.batch_size or args.rl_batch
+    rate, init = args.given.get("lr", args.rl_lr), args.init or args.work / "sft.pt"
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: must be above 0")
+    if args.rounds > args.max_steps:
+        raise UserError(f"--rounds {args.rounds}: more than the {args.max_steps} updates")
+    common.fingerprint(init)                              # before the models are loaded: it may be missing
+    items, reward = common.read_items(args.work, "train"), common.Reward(args, device)
     model = common.load_speechlm(vars(args), device)
-    data = items, common.listen_to_split(model, args.work, args.work / "data" / "train.jsonl", items,
-                                          window=args.window, rank=rank, world=world)
-    for name, weights, token_weight in runs:
-        teacher = None
-        if token_weight or "logp" in weights:
-            try:
-                teacher = common.Teacher(model, args.teacher)
-            except UserError as error:
-                if len(runs) == 1:
-                    raise
-                print(f"{name} is left out: {error}")
-            if not all(common.gather([teacher is not None])):   # of all processes alike
-                continue
-        train(model, teacher, name, weights, token_weight, init, data, args, rank, world)
-    if rank == 0:
-        common.print_peak()
+    path = args.work / "data" / "train.jsonl"
+    heard = common.listen_to_split(model, args.work, path, items, window=args.window)
+    if args.control == "text":
+        heard = as_text(model, items)
+    held_out = common.HeldOut(model, args, reward)
+    for objective in [args.objective] if args.objective else ["rba-group", "rba-single"]:
+        args.objective = objective
+        keys = ("objective", "beta", "lambda_ce", "ce_reduction", "temperature", "reward", "reward_model",
+                "reference", "rounds", "control", "batch_size", "max_new")
+        run = common.Run(model, args, args.out or objective, init, args.max_steps, rate, held_out,
+                         **{key: getattr(args, key) for key in keys})
+        if not run.done:
+            align(model, items, heard, reward, run, args)
 
 
 if __name__ == "__main__":

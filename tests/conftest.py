@@ -1,6 +1,10 @@
-"""Real embedded models, loaded once a session; a skipped test counts as failed in CI unless it needs a GPU."""
+"""Real embedded models, loaded once a session, in the precision that users run; a skipped test counts as failed in CI
+unless it needs a GPU."""
 import importlib
+import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +16,18 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
+SENTENCES = ("What is the capital of France?", "Can you give me some tips on how to cook a large chicken?",
+             "I am going to the store.", "Who was the first person to walk on the moon?")
+
 
 def stage(name):
     return importlib.import_module(name)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "learns: trains for a minute")
+    config.addinivalue_line("markers", "slow: full scale, minutes; run with -m slow")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -24,11 +37,6 @@ def pytest_runtest_makereport(item, call):
         report.outcome, report.longrepr = "failed", f"skipped where skipping is not allowed: {report.longrepr}"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a GPU")
-    config.addinivalue_line("markers", "slow: full scale, minutes; run with -m slow")
-
-
 def pytest_collection_modifyitems(config, items):
     if not config.option.markexpr:
         slow = [item for item in items if "slow" in item.keywords]
@@ -36,71 +44,118 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
+# ------------------------------------------------------------------------------- a stage in a process of its own
+def start(script, work, *flags, processes=1, **environment):
+    """A stage at test size (tests/run_stage.py says what DIE_AT and the like do)."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    runner = str(Path(__file__).with_name("run_stage.py"))
+    command = [sys.executable, *launcher, runner, script, "--work", str(work), *map(str, flags)]
+    variables = {name: str(value) for name, value in environment.items()}
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | variables)
+
+
+def finish(process, expect=0):
+    """-> stdout and stderr of a process that ended by itself."""
+    out, err = process.communicate()
+    assert process.returncode == expect, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-3000:]}"
+    return out + err
+
+
+def run_stage(script, work, *flags, **options):
+    return finish(start(script, work, *flags, **options))
+
+
+def die(script, work, at, *flags, **options):
+    """Run a stage that kills itself in the middle of its at-th write."""
+    process = start(script, work, *flags, DIE_AT=at, **options)
+    out, err = process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 1), (process.returncode, out[-1000:], err[-2000:])
+
+
+# ------------------------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(scope="session")
 def model():
-    """The tiny preset's SpeechLM in float32, so that results can be compared to the last digits. Untrained: real Whisper,
-    real LLM; W and LoRA's B are 0."""
-    return common.SpeechLM(common.PRESETS["tiny"], dtype=torch.float32)
+    """The tiny preset's SpeechLM: real Whisper, real LLM; W and LoRA's B are 0. Tests leave it as it was."""
+    return common.SpeechLM(common.PRESETS["tiny"])
 
 
-@pytest.fixture(scope="session")
-def work(tmp_path_factory):
-    """One end-to-end run of the four scripts at the smallest size."""
-    from kill import DATA, finish, start
-    folder = tmp_path_factory.mktemp("run") / "work"
-
-    def run(script, *flags, **environment):
-        return finish(start(script, folder, flags, **environment))[0]
-    run("01_synthesize.py", *DATA)
-    run("02_sft_warmup.py", *TRAIN)
-    rba = start("03_rba_rl.py", folder, ["--max-steps", 2, "--batch-size", 2, "--k", 2, "--out", "rba"])     # beside the next
-    run("03_rba_rl.py", *BOTH, FLOAT32=1, ROLLOUTS=folder / "rba+opd.rollouts", GRADIENTS=folder / "rba+opd.gradients")
-    finish(rba)
-    (folder / "stdout.txt").write_text(run("04_evaluate.py", *SYSTEMS))
-    return folder
-
-
-TRAIN = ("--max-steps", 2, "--batch-size", 4)
-BOTH = ("--max-steps", 1, "--batch-size", 2, "--k", 2, "--baseline", "greedy", "--token-reward", 0.1, "--rewards", "semantic=1,logp=0.5")
-SYSTEMS = ("--systems", "text,sft,rba,rba+opd")
-SENTENCES = ("What is the capital of France?", "Can you give me some tips on how to cook a large chicken?",
-             "I am going to the store.", "Who was the first person to walk on the moon?")
+@pytest.fixture
+def restored(model):
+    """The same; what is trained goes back to where it was."""
+    yield model
+    model.zero_grad()
+    model.set_state(model.initial)
 
 
 @pytest.fixture(scope="session")
 def waves():
     """The sentences spoken by the embedded Piper voice, 16 kHz."""
+    return [spoken(text) for text in SENTENCES]
+
+
+def spoken(text, length_scale=1.0):
     import numpy as np
     import torchaudio
-    voices = stage("01_synthesize").Voices("piper-joe")
-    spoken = [voices.say("piper-joe", text, 1.0) for text in SENTENCES]
-    return [torchaudio.functional.resample(torch.from_numpy(np.asarray(wave)), rate, common.RATE) for wave, rate in spoken]
+    from piper import PiperVoice, SynthesisConfig
+    if not hasattr(spoken, "voice"):
+        spoken.voice = PiperVoice.load(common.resolve("piper-joe") + "/voice.onnx")
+    settings = SynthesisConfig(length_scale=length_scale, noise_scale=0.0, noise_w_scale=0.0)
+    wave = np.concatenate([part.audio_float_array for part in spoken.voice.synthesize(text, settings)])
+    return torchaudio.functional.resample(torch.from_numpy(wave), spoken.voice.config.sample_rate, common.RATE)
+
+
+TAUGHT = (("What is the capital of France?", "It is Paris, the city of light."),
+          ("How do I cook rice?", "Boil two cups of water, then add the rice."),
+          ("Can you suggest a good book?", "Try Moby Dick, it is about a whale."),
+          ("What should I eat for breakfast?", "Eat oats with milk and some berries."))
+
+
+def write_groups(work):
+    """A data set of 4 instructions in 4 voices (tempos and babble of the Piper voice), answers of at most 16 tokens."""
+    import soundfile
+    (work / "data" / "audio").mkdir(parents=True)
+    rows = []
+    for g, (text, response) in enumerate(TAUGHT):
+        for s, (tempo, snr) in enumerate(((1.0, 14), (0.85, 11), (1.15, 8), (0.75, 5))):
+            wave = spoken(text, tempo)
+            soundfile.write(work / "data" / "audio" / f"{g}-{s}.wav", wave.numpy(), common.RATE)
+            rows.append(dict(id=f"{g}-{s}", group=f"{g}", task="instruct", language="English", text=text, prompt="",
+                             response=response, reference=[response], audio=f"audio/{g}-{s}.wav", voice=f"tempo-{s}",
+                             seconds=len(wave) / common.RATE, condition=f"babble:{snr}"))
+    for split in common.SPLITS:
+        common.write_jsonl(work / "data" / f"{split}.jsonl", rows)
+    common.write_json(work / "data" / "config.json", {"config": {"preset": "tiny", "teacher": "smollm2-135m"}})
+    return work
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """`transformers serve` of the embedded LLM: (URL, model). pip install 'transformers[serving]' first."""
-    import socket
-    import subprocess
-    import time
-    import urllib.request
-    pytest.importorskip("fastapi")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    name, log = common.resolve("smollm2-135m"), tmp_path_factory.mktemp("served") / "log"
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port), name]
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-2000:]
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1", name
-    finally:
-        process.terminate()
-        process.wait()
+def groups(tmp_path_factory):
+    return write_groups(tmp_path_factory.mktemp("groups") / "work")
+
+
+SIZES = ("--train", "instruct=3,sqa=3,s2tt=2", "--valid", "instruct=1,sqa=1,s2tt=1", "--test", "instruct=2,sqa=2,s2tt=1")
+TRAIN = ("--max-steps", 2, "--batch-size", 3)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """One end-to-end run of the four scripts at the smallest size."""
+    folder = tmp_path_factory.mktemp("run") / "work"
+    run_stage("01_synthesize.py", folder, *SIZES)
+    run_stage("02_sft_warmup.py", folder, *TRAIN)
+    run_stage("03_rba_rl.py", folder, *TRAIN)
+    (folder / "stdout.txt").write_text(run_stage("04_evaluate.py", folder))
+    return folder
+
+
+def log_of(work, name):
+    """A run's log without its clock."""
+    rows = [json.loads(line) for line in (work / "logs" / f"{name}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def gradients_on():
+    """A test that fails inside no_grad must not switch gradients off for the next."""
+    torch.set_grad_enabled(True)

@@ -1,12 +1,16 @@
 """04 on public sets, each written here in its published format, and its statistics against independent references."""
+import http.server
+import itertools
 import json
+import math
 import sys
+import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 import sacrebleu
 import soundfile
-import torch
 from conftest import SENTENCES, stage
 
 import common
@@ -21,29 +25,30 @@ def record(path, wave):
     return path.name
 
 
-# ------------------------------------------------------------------------------------------------------ public sets
+# ---------------------------------------------------------------------------------------------------- public sets
 def llama_questions(folder, waves):
     """CRLF, trailing spaces, one recording missing."""
-    (folder / "llama_questions_300.tsv").write_bytes(("Questions\tAnswer\tWav Filename\r\n"
-                                                      f"{FRANCE} \tParis \t{record(folder / 'q1.wav', waves[0])} \r\n"
-                                                      f"{MOON}\tNeil Armstrong\tgone.wav\r\n").encode())
+    rows = ["Questions\tAnswer\tWav Filename", f"{FRANCE} \tParis \t{record(folder / 'q1.wav', waves[0])} ",
+            f"{MOON}\tNeil Armstrong\tgone.wav", ""]
+    (folder / "llama_questions_300.tsv").write_bytes("\r\n".join(rows).encode())
     return f"llama_questions:{folder}", [("sqa", FRANCE, ["Paris"])], ["gone.wav"]
 
 
-def openaudiobench(folder, waves):
-    """A comma, quotes and a line break in cells; several answers as a Python list, one of them without words."""
+def trivia_qa(folder, waves):
+    """A comma, quotes and a line break in cells; answers as a Python list or in one cell, one of them without words."""
     folder = folder / "eval_datas" / "trivia_qa"
     record(folder / "audios" / "a.wav", waves[0])
     record(folder / "audios" / "b.wav", waves[3])
-    (folder / "trivia_qa.csv").write_text('question,answer_normalized_aliases,answer_normalized_value,audio_filename\n'
-                                          f'"{FRANCE}","[\'paris\', ""paris\'s city""]",paris,a.wav\n"{MOON}\n","neil armstrong, armstrong",neil,b.wav\n'
-                                          'What is it?,"[\'it\']",it,c.wav\nNobody knows?,[],,a.wav\n')
-    return f"openaudiobench:{folder}", [("sqa", FRANCE, ["paris", "paris's city", "paris"]), ("sqa", MOON, ["neil armstrong", "armstrong", "neil"])], [
-        "c.wav", "a.wav#2"]
+    (folder / "trivia_qa.csv").write_text(
+        "question,answer_normalized_aliases,answer_normalized_value,audio_filename\n"
+        f'"{FRANCE}","[\'paris\', ""paris\'s city""]",paris,a.wav\n'
+        f'"{MOON}\n","neil armstrong, armstrong",neil,b.wav\nWhat is it?,"[\'it\']",it,c.wav\nNobody?,[],,a.wav\n')
+    expected = [("sqa", FRANCE, ["paris", "paris's city", "paris"]),
+                ("sqa", MOON, ["neil armstrong", "armstrong", "neil"])]
+    return f"openaudiobench:{folder}", expected, ["c.wav", "a.wav#2"]
 
 
 def subset(folder, name, wave, table):
-    """Another subset of OpenAudioBench, of one recording."""
     folder = folder / "eval_datas" / name
     record(folder / "audios" / "a.wav", wave)
     (folder / f"{name}.csv").write_text(table)
@@ -51,203 +56,192 @@ def subset(folder, name, wave, table):
 
 
 def alpaca_eval(folder, waves):
-    spec = subset(folder, "alpaca_eval", waves[1], f'instruction,output,audio_filename\n"{CHICKEN}","[Your Name] Grill it.",a.wav\n')
+    table = f'instruction,output,audio_filename\n"{CHICKEN}","[Your Name] Grill it.",a.wav\n'
+    spec = subset(folder, "alpaca_eval", waves[1], table)
     return spec, [("instruct", CHICKEN, ["[Your Name] Grill it."])], []
 
 
 def web_questions(folder, waves):
-    spec = subset(folder, "web_questions", waves[0], f"question,answers,audio_filename\n{FRANCE},\"['Paris', 'Paris, France']\",a.wav\n"
-                  f'{FRANCE},"Paris;Paris, France",a.wav\n')
-    return spec, [("sqa", FRANCE, ["Paris", "Paris, France"])] * 2, []
-
-
-def llama_questions_of_openaudiobench(folder, waves):
-    spec = subset(folder, "llama_questions", waves[0], f"Questions,Answer,audio_filename\n{FRANCE},Paris,a.wav\n")
-    return spec, [("sqa", FRANCE, ["Paris"])], []
+    table = (f"question,answers,audio_filename\n{FRANCE},\"['Paris', 'Paris, France']\",a.wav\n"
+             f'{FRANCE},"Paris;Paris, France",a.wav\n')
+    return subset(folder, "web_questions", waves[0], table), [("sqa", FRANCE, ["Paris", "Paris, France"])] * 2, []
 
 
 def voicebench(folder, waves):
-    """Without a reference (for a judge), with one, with several, with a number; a file that is no audio, rows without words."""
+    """Without a reference (for a judge), with one, with several, with a number; files that are missing or no audio."""
     rows = [dict(audio=record(folder / f"{i}.wav", waves[i]), prompt=SENTENCES[i]) for i in (1, 0, 3, 2)]
     rows[1]["reference"], rows[2]["reference"], rows[3]["reference"] = "Paris", ["Neil Armstrong", "Armstrong"], 1969
     (folder / "broken.wav").write_text("no audio")
-    (folder / "loop.wav").symlink_to(folder / "loop.wav")
-    lost = [dict(audio="broken.wav", prompt="Hello?"), dict(audio="0.wav"), dict(audio="0.wav", prompt="\ud800", reference="x"),
-            dict(audio="loop.wav", prompt="Hello?"), dict(audio="gone.wav", prompt="Hello?", id="\ud800")]
-    (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *lost]))
-    return f"voicebench:{folder / 'set.jsonl'}", [("instruct", CHICKEN, []), ("sqa", FRANCE, ["Paris"]), (
-        "sqa", MOON, ["Neil Armstrong", "Armstrong"]), ("sqa", STORE, ["1969"])], ["00004", "00005", "00006", "00007", "?"]
+    rows += [dict(audio="broken.wav", prompt="Hello?"), dict(audio="gone.wav", prompt="Hello?")]
+    common.write_jsonl(folder / "set.jsonl", rows)
+    expected = [("instruct", CHICKEN, []), ("sqa", FRANCE, ["Paris"]),
+                ("sqa", MOON, ["Neil Armstrong", "Armstrong"]), ("sqa", STORE, ["1969"])]
+    return f"voicebench:{folder / 'set.jsonl'}", expected, ["broken.wav", "gone.wav"]
 
 
 def covost2(folder, waves):
     """Quotes are text, a backslash escapes; recordings are mp3."""
     (folder / "clips").mkdir()
-    soundfile.write(folder / "clips" / "common_voice_en_1.mp3", waves[2].numpy(), common.RATE)
-    (folder / "covost_v2.en_de.test.tsv").write_text('path\tsentence\ttranslation\tclient_id\n'
-                                                     f'common_voice_en_1.mp3\t"{STORE}\t"Ich gehe\\\tin den Laden.\tabc\n'
-                                                     'common_voice_en_2.mp3\tGone.\tWeg.\tabc\n')
-    return f"covost2:{folder / 'covost_v2.en_de.test.tsv'}", [("s2tt", '"' + STORE, ['"Ich gehe\tin den Laden.'])], ["common_voice_en_2.mp3"]
+    soundfile.write(folder / "clips" / "en_1.mp3", waves[2].numpy(), common.RATE)
+    path = folder / "covost_v2.en_de.test.tsv"
+    path.write_text('path\tsentence\ttranslation\tclient_id\n'
+                    f'en_1.mp3\t"{STORE}\t"Ich gehe\\\tin den Laden.\tabc\nen_2.mp3\tGone.\tWeg.\tabc\n')
+    return f"covost2:{path}", [("s2tt", '"' + STORE, ['"Ich gehe\tin den Laden.'])], ["en_2.mp3"]
 
 
 def mustc(folder, waves):
-    """Segments of one long recording, by offset and duration, line by line with the texts; a line separator that ends no line."""
-    folder = folder / "en-fr" / "data" / "tst-COMMON"
+    """Segments of a long recording by offset and duration, line by line with texts that hold a line separator."""
     import torch
-    gap, at = torch.zeros(common.RATE), [0.0, (len(waves[0]) / common.RATE) + 1]
-    record(folder / "wav" / "ted_1.wav", torch.cat([waves[0], gap, waves[2]]))
+    folder = folder / "en-fr" / "data" / "tst-COMMON"
+    record(folder / "wav" / "ted_1.wav", torch.cat([waves[0], torch.zeros(common.RATE), waves[2]]))
+    first, second = len(waves[0]) / common.RATE, len(waves[2]) / common.RATE
     (folder / "txt").mkdir()
-    durations = [len(wave) / common.RATE for wave in (waves[0], waves[2])]
-    (folder / "txt" / "tst-COMMON.yaml").write_text("".join(
-        f"- {{duration: {d:.6f}, offset: {o:.6f}, rW: 3, uW: 0, speaker_id: spk.1, wav: ted_1.wav}}\n" for d, o in zip(durations, at)))
+    (folder / "txt" / "tst-COMMON.yaml").write_text(
+        f"- {{duration: {first:.6f}, offset: 0.0, rW: 3, speaker_id: spk.1, wav: ted_1.wav}}\n"
+        f"- {{duration: {second:.6f}, offset: {first + 1:.6f}, rW: 3, speaker_id: spk.1, wav: ted_1.wav}}\n")
     (folder / "txt" / "tst-COMMON.en").write_text(f"{FRANCE}\n{STORE}\n")
     (folder / "txt" / "tst-COMMON.fr").write_text("Quelle\u2028capitale ?\nJe vais au magasin.\n")
-    return f"mustc:{folder}", [("s2tt", FRANCE, ["Quelle\u2028capitale ?"]), ("s2tt", STORE, ["Je vais au magasin."])], []
+    expected = [("s2tt", FRANCE, ["Quelle\u2028capitale ?"]), ("s2tt", STORE, ["Je vais au magasin."])]
+    return f"mustc:{folder}", expected, []
 
 
 def fleurs(folder, waves):
-    """No header; two speakers share an id; quotes are text."""
-    for name in ("7.wav", "8.wav"):
+    """No header; two speakers share an id; quotes are text; an id without translation."""
+    for name in ("7.wav", "8.wav", "9.wav"):
         record(folder / "en_us" / "audio" / "test" / name, waves[2])
-    row = "\t".join(["{id}", "{file}", "{text}", "x", "x|", "100", "MALE"]) + "\n"
-    (folder / "en_us" / "test.tsv").write_text(row.format(id=5, file="7.wav", text=STORE) + row.format(id=5, file="8.wav", text=STORE)
-                                               + row.format(id=6, file="7.wav", text=STORE))
+    row = "{}\t{}\t{}\tx\tx|\t100\tMALE\n"
+    (folder / "en_us" / "test.tsv").write_text(
+        row.format(5, "7.wav", STORE) + row.format(5, "8.wav", STORE) + row.format(6, "9.wav", STORE))
     (folder / "cmn_hans_cn").mkdir()
-    (folder / "cmn_hans_cn" / "test.tsv").write_text(row.format(id=5, file="1.wav", text='我"要去商店。') * 2)
-    return f"fleurs:{folder / 'en_us' / 'test.tsv'}:cmn_hans_cn", [("s2tt", STORE, ['我"要去商店。'])] * 2, ["6-7.wav"]
+    (folder / "cmn_hans_cn" / "test.tsv").write_text(row.format(5, "1.wav", '我"要去商店。'))
+    spec = f"fleurs:{folder / 'en_us' / 'test.tsv'}:cmn_hans_cn"
+    return spec, [("s2tt", STORE, ['我"要去商店。'])] * 2, ["9.wav"]
 
 
 def ours(folder, waves):
     rows = [dict(id="a", audio=record(folder / "a.wav", waves[0]), task="sqa", instruction=FRANCE, reference="Paris"),
             dict(id="b", audio="a.wav", task="instruct", text=FRANCE, reference=["Paris.", "It is Paris."]),
             dict(id="c", audio="a.wav", task="s2tt", text=FRANCE, reference="法国的首都是哪里？", language="zh")]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "mine.jsonl"), [("sqa", FRANCE, ["Paris"]), ("instruct", FRANCE, ["Paris.", "It is Paris."]),
-                                        ("s2tt", FRANCE, ["法国的首都是哪里？"])], []
+    common.write_jsonl(folder / "mine.jsonl", rows)
+    expected = [("sqa", FRANCE, ["Paris"]), ("instruct", FRANCE, ["Paris.", "It is Paris."]),
+                ("s2tt", FRANCE, ["法国的首都是哪里？"])]
+    return str(folder / "mine.jsonl"), expected, []
 
 
-SETS = (llama_questions, openaudiobench, alpaca_eval, web_questions, llama_questions_of_openaudiobench, voicebench, covost2, mustc, fleurs, ours)
+SETS = (llama_questions, trivia_qa, alpaca_eval, web_questions, voicebench, covost2, mustc, fleurs, ours)
+TARGETS = {covost2: {"German"}, mustc: {"French"}, fleurs: {"Chinese"}, ours: {"Chinese"}}
 
 
 @pytest.mark.parametrize("write", SETS, ids=lambda write: write.__name__)
 def test_a_set_is_read_as_published(write, tmp_path, waves):
     spec, expected, lost = write(tmp_path, waves)
-    source, folder, items, broken = common.read_set(spec, "French")
+    name, folder, items, broken = evaluate.read_set(spec, "French")
     good = [item for item in items if item["id"] not in broken]
     assert [(item["task"], item["text"], item["reference"]) for item in good] == expected
-    assert len(items) == len(expected) + len(lost) and len({item["id"] for item in items}) == len(items)
-    assert [any(name in known for known in broken) for name in lost] == [True] * len(lost) and len(broken) == len(lost)
-    assert source.is_file()
+    assert list(broken) == lost and len({item["id"] for item in items}) == len(expected) + len(lost)
     for item in good:                                     # the very samples: of a long recording, the segment
-        wave = common.item_wave(folder, item)
-        whole = waves[SENTENCES.index(item["text"].strip('"'))]
+        wave, whole = common.item_wave(folder, item), waves[SENTENCES.index(item["text"].strip('"'))]
         assert abs(len(wave) - len(whole)) <= (2400 if item["audio"].endswith("mp3") else 2)
-    languages = {item["language"] for item in items if item["task"] == "s2tt"}
-    assert languages == {covost2: {"German"}, mustc: {"French"}, fleurs: {"Chinese"}, ours: {"Chinese"}}.get(write, set())
+    assert {item["language"] for item in items if item["task"] == "s2tt"} == TARGETS.get(write, set())
     for item in items:
-        assert item["prompt"] == {"instruct": "", "sqa": "Answer in one short sentence.",
-                                  "s2tt": f"Translate what I said into {item['language']}."}[item["task"]]
-        assert isinstance(item["text"], str) and item["text"].encode() is not None
+        assert item["prompt"] == common.REQUESTS[item["task"]].format(language=item["language"])
+        assert item["group"] == item["id"]
 
 
-def test_a_set_that_is_none_is_one_line(tmp_path):
+def test_a_split_of_ours_keeps_its_groups(tmp_path, waves):
+    rows = [dict(id=f"g-{s}", group="g", task="instruct", text=CHICKEN, prompt="", response="Roast it.", language="English",
+                 reference=["Roast it."], audio=record(tmp_path / f"{s}.wav", waves[1]), voice=f"v{s}") for s in (0, 1)]
+    common.write_jsonl(tmp_path / "valid.jsonl", rows)
+    assert evaluate.read_set(str(tmp_path / "valid.jsonl"), "French")[2] == rows
+
+
+def test_a_set_that_is_none_is_one_line(tmp_path, waves):
     (tmp_path / "llama_questions_300.tsv").write_text("Question;Answer\n")
-    for spec in (f"llama_questions:{tmp_path}", f"mustc:{tmp_path}", f"openaudiobench:{tmp_path}", f"covost2:{tmp_path / 'x.tsv'}"):
-        with pytest.raises(common.UserError, match="--data"):
-            common.read_set(spec, "French")
+    (tmp_path / "abc.jsonl").write_text(json.dumps(dict(audio="a.wav", prompt="A or B?", reference="A")) + "\n")
+    rows = [dict(id=code, audio=record(tmp_path / "a.wav", waves[0]), task="s2tt", instruction=FRANCE, reference="x y",
+                 language=code) for code in ("de", "fr")]
+    common.write_jsonl(tmp_path / "two.jsonl", rows)
+    for spec, reason in ((f"llama_questions:{tmp_path}", "no item"), (f"mustc:{tmp_path}", "not as published"),
+                         (f"openaudiobench:{tmp_path}", "not as published"), (str(tmp_path / "x.jsonl"), "missing"),
+                         (f"voicebench:{tmp_path / 'abc.jsonl'}", "multiple choice"),
+                         (str(tmp_path / "two.jsonl"), "French and German")):
+        with pytest.raises(common.UserError, match=reason):
+            evaluate.read_set(spec, "French")
 
 
-def test_an_encoder_that_remembers_gives_what_it_gave():
-    encode, asked = evaluate.WordLlama(), []
-    once = evaluate.remembered(lambda texts: asked.extend(texts) or encode(texts))
-    for texts in (list(SENTENCES), [SENTENCES[2], "More.", SENTENCES[2]], list(SENTENCES[:1])):
-        assert torch.equal(once(texts), encode(texts))
-    assert asked == [*SENTENCES, "More."]
-
-
-def test_multiple_choice_is_not_scored_by_containment(tmp_path):
-    (tmp_path / "set.jsonl").write_text(json.dumps(dict(audio="a.wav", prompt="A or B?", reference="A")) + "\n")
-    with pytest.raises(common.UserError, match="multiple choice"):
-        common.read_set(f"voicebench:{tmp_path / 'set.jsonl'}", "French")
-
-
-def test_a_recording_of_an_odd_rate_is_heard(tmp_path):
-    """Against the same tone made at 16 kHz; torchaudio's own filter would take 2 GB here."""
-    seconds = np.arange(22254) / 22254
-    soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * seconds), 22254)
-    wave = common.read_audio(tmp_path / "a.wav")
-    assert len(wave) == 16000
-    assert np.abs(wave.numpy() - 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)).max() < 1e-3
-
-
+# ----------------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture
 def run(tmp_path, model, monkeypatch):
-    """04 on a set, by the untrained systems -> results.json's content."""
-    def go(spec, *flags, systems=("text", "init"), name):
+    """04 on a set, by the untrained systems -> results.json's content and the answers of `base`."""
+    def go(spec, *flags, systems="text,base"):
         monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
-        monkeypatch.setattr(evaluate, "available", lambda args: [*systems])
-        monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "work"), "--data", spec, *flags])
+        monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(tmp_path / "work"), "--data", spec,
+                                          "--systems", systems, "--conditions", "clean", *flags])
         evaluate.main()
-        [path] = (tmp_path / "work").glob(f"results-*-{name}.json")        # the folder's name comes first
-        return json.loads(path.read_text())
+        name = evaluate.read_set(spec, "French")[0]
+        answers = common.read_jsonl(tmp_path / "work" / "answers" / name / "base.clean.jsonl")
+        return json.loads((tmp_path / "work" / f"results-{name}.json").read_text()), answers
     return go
 
 
-@pytest.mark.slow
-def test_sets_of_one_task_and_two_targets(tmp_path, waves, run):
-    """Translations into one language are none into the other; every table and figure does with what there is."""
-    spec, _, _ = fleurs(tmp_path, waves)
-    (tmp_path / "de_de").mkdir()
-    (tmp_path / "de_de" / "test.tsv").write_text((tmp_path / "cmn_hans_cn" / "test.tsv").read_text().replace('我"要去商店。', "Ich gehe."))
-    held = [run(spec.rpartition(":")[0] + f":{target}", "--conditions", "clean,speed:1.5,loss:5,clean", name=f"test-{language}")
-            for target, language in (("cmn_hans_cn", "Chinese"), ("de_de", "German"))]
-    assert held[0]["tokenizer"] == "zh" and held[1]["tokenizer"] == "13a" and held[0]["conditions"] == ["clean", "speed:1.5", "loss:5"]
-    answers = [(tmp_path / "work" / "answers" / f"en_us-test-{language}" / "text.clean.jsonl").read_text() for language in ("Chinese", "German")]
-    assert answers[0] != answers[1]
-    assert "s2tt BLEU by condition" in (tmp_path / "work" / "results-en_us-test-German.md").read_text()
-    assert (tmp_path / "work" / "results-en_us-test-German-conditions.png").exists()
-    spec, _, _ = voicebench(tmp_path, waves)              # instruct without references
-    path = tmp_path / "judged.jsonl"
-    path.write_text((tmp_path / "set.jsonl").read_text().splitlines()[0] + "\n")
-    held = run(f"voicebench:{path}", systems=("text",), name="judged")   # under noise text has nobody to be compared with
-    assert {row["metric"] for row in held["rows"]} == {"log π_T", "tokens"}
+def numbers(held):
+    return {(row["condition"], row["system"], row["task"], row["metric"]): row for row in held["rows"]}
 
 
 def test_what_cant_be_heard_counts_as_wrong_until_it_can(tmp_path, waves, run, capsys):
     spec, _, _ = llama_questions(tmp_path, waves)
-    held = run(spec, "--conditions", "clean", name="llama_questions_300")
-    rows = {(row["system"], row["metric"]): row for row in held["rows"]}
-    assert rows["init", "accuracy"]["n"] == 2 and rows["init", "accuracy"]["value"] == 50      # Paris, and nothing
-    assert [*held["broken"]] == ["gone.wav"] and rows["init", "WER"]["value"] > 50
+    held, answers = run(spec)
+    found = numbers(held)
+    assert found["clean", "base", "sqa", "accuracy"]["value"] == 50       # Paris, and nothing
+    assert found["clean", "Whisper", "sqa", "WER"]["value"] > 50 and held["broken"] == ["gone.wav"]
     assert "gone.wav" in capsys.readouterr().out
-    answers = common.read_jsonl(tmp_path / "work" / "answers" / f"{tmp_path.name}-llama_questions_300" / "init.clean.jsonl")
     assert "Paris" in answers[0]["answer"] and answers[1]["answer"] == ""
     record(tmp_path / "gone.wav", waves[3])
-    held = run(spec, "--conditions", "clean", name="llama_questions_300")
-    answers = common.read_jsonl(tmp_path / "work" / "answers" / f"{tmp_path.name}-llama_questions_300" / "init.clean.jsonl")
+    held, answers = run(spec)
     assert not held["broken"] and "Armstrong" in answers[1]["answer"]
+    (tmp_path / "again.json").write_text(json.dumps(held))
+    text = next((tmp_path / "work").glob("results-*.md")).read_text()
+    evaluate.report(json.loads((tmp_path / "again.json").read_text()), tmp_path / "again.json")           # --draw
+    assert (tmp_path / "again.md").read_text() == text and (tmp_path / "again.png").stat().st_size > 5000
+    assert "| base |" in text and "Translation" not in text and "Consistency" not in text
 
 
-def test_several_target_languages_and_a_judge_without_sft_are_one_line(tmp_path, waves, run):
-    rows = [dict(id=language, audio=record(tmp_path / "a.wav", waves[0]), task="s2tt", instruction=FRANCE, reference="x y", language=language)
-            for language in ("de", "fr")]
-    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(common.UserError, match="French and German"):
-        run(str(tmp_path / "two.jsonl"), name="two")
-    with pytest.raises(common.UserError, match="compares with sft"):
-        run(str(tmp_path / "two.jsonl"), "--judge", "http://127.0.0.1:9/v1", name="two")
+def test_instructions_without_references_are_for_a_judge(tmp_path, waves, run):
+    spec, _, _ = voicebench(tmp_path, waves)
+    path = tmp_path / "set.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    held, _ = run(spec)
+    assert {row["metric"] for row in held["rows"]} == {"tokens", "WER"}
 
 
-# ------------------------------------------------------------------------------------------------------------ judges
-ITEMS = [dict(id=str(i), task=task, text=text, prompt="") for i, (task, text) in enumerate(
-    [("instruct", CHICKEN), ("sqa", FRANCE), ("instruct", STORE), ("instruct", MOON)])]
-ANSWERS = (["Grill it slowly, then let it rest.", "Paris", "Good.", "Neil."], ["Bake.", "Paris", "Have a nice walk to the store.", "Neil."])
+def test_the_tables_of_a_whole_run(work):
+    held, items = json.loads((work / "results.json").read_text()), common.read_items(work, "test")
+    found = numbers(held)
+    assert "rba-group" in held["systems"] and "cascade" not in held["systems"]
+    for condition in held["conditions"]:
+        assert found[condition, "text", "sqa", "accuracy"]["value"] == 100     # y_ref is the reference
+        assert found[condition, "text", "instruct", "consistency"]["value"] == pytest.approx(1)
+        path = work / "answers" / "test" / f"base.{condition.replace(':', '-')}.jsonl"
+        assert [line["id"] for line in common.read_jsonl(path)] == [item["id"] for item in items]
+    for row in held["rows"]:
+        assert row["low"] - 1e-9 <= row["value"] <= row["high"] + 1e-9 or row["metric"] == "BLEU"
+    text = (work / "results.md").read_text()
+    assert "Planned contrasts" in text and "Unheard voices" in text and (work / "results.png").stat().st_size > 5000
+
+
+# --------------------------------------------------------------------------------------------------------- judges
+def rows_of(*answers, texts=(CHICKEN, STORE, MOON), groups="abc"):
+    return [dict(task="instruct", group=group, text=text, prompt="", answer=own, tokens=len(own), reference=["Neil."])
+            for own, text, group in zip(answers, texts, groups)]
+
+
+OWN = rows_of("Grill it slowly, then let it rest.", "Good.", "Neil.")
+OTHER = rows_of("Bake.", "Have a nice walk to the store.", "Neil.")
 
 
 @pytest.fixture
 def served():
-    """A real HTTP server that speaks the protocol and says that the longer answer is better, A where they are equal."""
-    import http.server
-    import threading
+    """A real HTTP server that speaks the protocol and says that the longer answer is better."""
     asked, broken = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -266,7 +260,8 @@ def served():
             text = question["messages"][0]["content"]
             asked.append((question["model"], text))
             a, b = text.partition("Answer A: ")[2].split("\n\nAnswer B: ")
-            self.reply({"choices": [{"message": {"content": "A worse one than B." if len(b) > len(a) else "A is better than B"}}]})
+            said = "A worse one than B." if len(b) > len(a) else "A is better than B"
+            self.reply({"choices": [{"message": {"content": said}}]})
 
         def log_message(self, *_):
             pass
@@ -278,105 +273,238 @@ def served():
 
 def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
     url, asked, broken = served
-    judge = evaluate.ServedJudge(url)
     path = tmp_path / "judged.jsonl"
-    path.write_text(json.dumps(dict(at=0, key="old", prefers=0.25)) + "\n" + '{"at": 2, "key": "k')      # another run's, and what a kill cut
+    path.write_text('{"key": "other", "prefers": 0.25}\n{"key": "k')       # another pair's, and what a kill cut
     for _ in range(2):                                    # the second time nobody is asked
-        assert evaluate.compare_answers(judge, path, ITEMS, "k", *ANSWERS) == [1.0, None, 0.0, 0.5]
-        assert len(asked) == 6 and {model for model, _ in asked} == {"the-longer-one"}
-    assert sum("Answer A: Bake." in text for _, text in asked) == sum("Answer B: Bake." in text for _, text in asked) == 1
-    assert [sum("Request: " + item["text"] in text for _, text in asked) for item in ITEMS] == [2, 0, 2, 2]
+        judge = evaluate.KeptJudge(url, evaluate.ServedJudge(url), path)
+        assert judge(OWN, OTHER) == [1.0, 0.0, 0.5]
+        assert len(asked) == 4 and {name for name, _ in asked} == {"the-longer-one"}     # equal answers: nobody either
+    assert [sum(f"Answer {side}: Bake." in text for _, text in asked) for side in "AB"] == [1, 1]
+    assert all(f"Request: {CHICKEN}" in text or f"Request: {STORE}" in text for _, text in asked)
+    assert len(common.read_jsonl(path)) == 3
+    assert judge(OTHER, OWN) == [0.0, 1.0, 0.5]           # the other way round is another question
     broken.append(True)
     with pytest.raises(common.UserError, match="http://127.0.0.1.*run the same command again"):
-        evaluate.compare_answers(judge, path, ITEMS, "other", *ANSWERS)
-    for url in ("http://127.0.0.1:9/v1", "http://127.0.0.1:port/v1", "http://[/v1"):
-        with pytest.raises(common.UserError, match="no answer from models"):
-            evaluate.ServedJudge(url)
+        judge(rows_of("New."), OTHER)
 
 
-@pytest.mark.parametrize("reply, expected", [("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A. More helpful than B", 1),
-                                             ("B\n\nBecause answer A", 0), ("I would choose B", 0), ("Both are fine", 0.5), ("", 0.5), (None, 0.5)])
-def test_a_judges_verdict_is_read(reply, expected, monkeypatch):
-    judge = evaluate.ServedJudge.__new__(evaluate.ServedJudge)
-    judge.model = "x"
-    monkeypatch.setattr(judge, "call", lambda route, pick, **_: pick({"choices": [{"message": {"content": reply}}]}), raising=False)
-    assert judge.prefers(ITEMS[0], "a", "b") == expected
+@pytest.mark.parametrize("reply, expected", [
+    ("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A. More helpful than B", 1),
+    ("B\n\nBecause answer A", 0), ("I would choose B", 0), ("Both are fine", 0.5), ("", 0.5), ("None", 0.5)])
+def test_a_judges_verdict_is_read(reply, expected):
+    assert evaluate.read_verdict(reply) == expected
 
 
-def test_a_model_without_a_trained_head_is_no_reward_model():
-    for name in ("smollm2-135m", "minilm-l6"):
-        with pytest.raises(common.UserError, match="no reward model can be loaded"):
-            common.RewardModel(name, "cpu")
-
-
-def test_judgements_enter_the_table_with_and_without_length(model):
-    encoders = {"similarity": lambda texts: stage("04_evaluate").torch.ones(len(texts), 1)}
-    items = [item | {"reference": ["Neil."], "language": "English"} for item in ITEMS]
-    runs = {system: [evaluate.measure(items, [(a, len(a), True) for a in said], None, [-1.0] * 4, encoders, preferences)]
-            for system, said, preferences in (("sft", ANSWERS[1], None), ("rba", ANSWERS[0], [1.0, None, 0.0, 0.5]))}
-    rows = {(row["system"], row["metric"]): row for row in evaluate.compare({"clean": runs})}
-    assert rows["rba", "judged"]["value"] == 50 and rows["rba", "wins"]["value"] == 50 and ("sft", "judged") not in rows
-    assert {metric for system, metric in rows if system == "rba"} >= {"LC judged", "LC wins", "tokens", "chrF"}
-
-
-@pytest.mark.slow
-def test_a_model_that_transformers_serves_can_judge(server, tmp_path):
-    url, name = server
-    judge = evaluate.ServedJudge(f"{url}#{name}")
-    forth, back, same = (evaluate.compare_answers(judge, tmp_path / f"{i}.jsonl", ITEMS, "k", *pair)
-                         for i, pair in enumerate((ANSWERS, ANSWERS[::-1], ANSWERS[:1] * 2)))
-    assert all(value in (0, 0.25, 0.5, 0.75, 1) for value in forth if value is not None)
-    assert [a is None or a + b == 1 for a, b in zip(forth, back)] == [True] * 4              # its taste for a position cancels
-    assert same == [0.5, None, 0.5, 0.5]
+def test_without_a_judge_the_closer_answer_wins():
+    vectors = {"Neil.": np.array([1.0, 0]), "near": np.array([0.8, 0.6]), "far": np.array([0.0, 1])}
+    own, other = rows_of("near", "far", "near"), rows_of("far", "near", "near")
+    assert evaluate.closer(own, other, vectors).tolist() == [1, 0, 0.5]
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
-def test_the_length_controlled_win_rate_takes_length_out():
-    """Preferences made with a known quality and a known taste for length; the fit by scipy-free brute force on a grid."""
+def test_containment_is_by_words_and_f1_by_hand():
+    assert evaluate.is_contained("Mount Everest", "It's mount everest, I think.")
+    assert not evaluate.is_contained("Ca", "because of that") and not evaluate.is_contained("", "anything")
+    assert evaluate.token_f1("a red car", "the red house") == pytest.approx(2 * 1 / 6)
+    assert evaluate.token_f1("Paris", "Paris") == 1 and evaluate.token_f1("Paris", "") == 0
+
+
+def test_corpus_scores_are_sacrebleus_own():
+    answers = ["le chat est sur la table", "bonjour tout le monde", "je suis ici", "zut", "", "rien du tout ici"]
+    references = [["le chat est sur le tapis", "le chat"], ["bonjour le monde"], ["je suis là"], ["à demain"],
+                  ["un mot"], ["tout ici rien du"]]
+    rows = [dict(answer=answer, reference=own, language="French") for answer, own in zip(answers, references)]
+    scores = evaluate.measure_s2tt(rows, list("aabbcd"), None)
+    padded = [[own[0] for own in references], [own[-1] for own in references]]
+    for name, function in (("BLEU", sacrebleu.corpus_bleu), ("chrF", sacrebleu.corpus_chrf)):
+        assert scores[name][0] == pytest.approx(function(answers, padded).score)
+        for drawn, score in list(zip(evaluate.resample_counts(4), scores[name]))[1:30]:
+            rows = []                                     # a group's utterances come together
+            for group, times in zip(((0, 1), (2, 3), (4,), (5,)), drawn):
+                rows += list(group) * int(times)
+            expected = function([answers[i] for i in rows], [[side[i] for i in rows] for side in padded]).score
+            assert score == pytest.approx(expected, abs=1e-9)
+    chinese = evaluate.translation_metrics("Chinese")["BLEU"]
+    assert chinese.corpus_score(["我去"], [["我去"]]).precisions[0] == 100
+
+
+def test_instructions_are_resampled_whole():
+    """Against plain numpy: draw groups, take all their utterances."""
     rng = np.random.default_rng(0)
-    n, theta, phi = 4000, 0.4, -1.8
+    groups = np.repeat([f"g{i:02d}" for i in range(25)], 4)
+    values = np.repeat(rng.normal(0, 10, 25), 4) + rng.normal(0, 1, 100)   # the voices of a group are alike
+    shuffled = rng.permutation(100)
+    row = evaluate.entry([evaluate.mean_score(evaluate.group_means(values[shuffled], groups[shuffled]))], "s", "t", "m")
+    by_hand = []
+    for _ in range(4000):
+        by_hand.append(values.reshape(25, 4)[rng.integers(25, size=25)].mean())
+    assert row["value"] == pytest.approx(values.mean())
+    assert (row["low"], row["high"]) == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.3)
+    utterances = evaluate.mean_score(values)[1:]          # as if they were independent: half as wide
+    assert np.ptp(np.percentile(utterances, [2.5, 97.5])) < 0.6 * (row["high"] - row["low"])
+
+
+def test_an_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
+    monkeypatch.setattr(evaluate, "RESAMPLES", 400)
+    evaluate.resample_counts.cache_clear()
+    generator, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        row = evaluate.entry([evaluate.mean_score(generator.normal(1.0, 2.0, 60))], "s", "t", "m")
+        hits += row["low"] <= 1.0 <= row["high"]
+    evaluate.resample_counts.cache_clear()
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_holm_by_hand_and_p_of_a_known_shift():
+    assert evaluate.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evaluate.holm([0.6, 0.5]) == [1.0, 1.0] and evaluate.holm([]) == []
+    generator = np.random.default_rng(0)
+    for shift in (0.1, 0.2, 0.3):                         # against the normal test's
+        values = generator.normal(0, 1, 100)
+        values += shift - values.mean()
+        z = shift * 10 / values.std()
+        normal = math.erfc(z / 2 ** 0.5)
+        assert evaluate.p_value(evaluate.mean_score(values)) == pytest.approx(normal, abs=0.03)
+    assert evaluate.p_value(np.zeros(101)) == 1
+
+
+def test_consistency_against_a_brute_force_loop():
+    rng = np.random.default_rng(0)
+    groups = list("aaaabbbccccdd")
+    vectors = rng.normal(size=(len(groups), 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    order = rng.permutation(len(groups))
+    same, different = evaluate.consistency(vectors[order], [groups[i] for i in order])
+
+    def members(group):
+        return [vectors[i] for i, own in enumerate(groups) if own == group]
+    for at, group in enumerate("abcd"):
+        pairs = [u @ v for u, v in itertools.combinations(members(group), 2)]
+        assert same[at] == pytest.approx(np.mean(pairs))
+    for score, drawn in zip(different[:20], evaluate.resample_counts(4)[:20].astype(int)):
+        pairs = []
+        for one, two in itertools.combinations([g for g, n in zip("abcd", drawn) for _ in range(n)], 2):
+            if one != two:                                # an instruction drawn twice is no other instruction
+                pairs.append(np.mean([u @ v for u, v in itertools.product(members(one), members(two))]))
+        assert score == pytest.approx(np.mean(pairs) if pairs else 0)
+
+
+def instruct_rows(answers, transcripts, groups):
+    rows = []
+    for answer, transcript, group in zip(answers, transcripts, groups):
+        rows.append(dict(task="instruct", group=group, answer=answer, transcript=transcript, text="x", prompt="",
+                         reference=["r"], tokens=1))
+    return rows
+
+
+def test_consistency_over_groups_that_were_heard_differently():
+    vectors = {"r": np.array([1.0, 0]), "s": np.array([0.0, 1])}
+    rows = instruct_rows("rrrsrr", ["hi", "Hi!", "hi", "ho", "a", "b"], "aabbcc")
+    scores = evaluate.measure(rows, {"similarity": vectors})
+    assert scores["instruct", "consistency"][0] == pytest.approx(2 / 3)
+    assert scores["instruct", "consistency, heard differently"][0] == pytest.approx(1 / 2)     # b and c
+    assert scores["instruct", "similarity"][0] == pytest.approx(5 / 6)
+    assert scores["instruct", "different instructions"][0] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+
+
+def test_the_length_controlled_win_rate_takes_length_out():
+    """Preferences made with a known quality and a known taste for length; the fit by brute force on a grid."""
+    rng = np.random.default_rng(0)
+    n, theta, phi, once = 4000, 0.4, -1.8, np.ones((1, 4000))
     base = rng.normal(100, 30, n)
     own = base + rng.normal(40, 25, n)                    # longer answers, which the judge likes
     x = np.tanh((base - own) / (base - own).std())
     wins = (rng.random(n) < 1 / (1 + np.exp(-(theta + phi * x)))).astype(float)
     assert 100 * wins.mean() > 80                         # what length buys
-    got = evaluate.length_controlled(wins, own, base)[0]
-    assert got == pytest.approx(100 / (1 + np.exp(-theta)), abs=4)
-    few = slice(0, 60)
+    truth = 100 / (1 + np.exp(-theta))
+    assert evaluate.length_controlled(wins, own, base, once)[0] == pytest.approx(truth, abs=4)
+    wins, own, base = wins[:60], own[:60], base[:60]
     grid_t, grid_p = np.meshgrid(np.linspace(-2, 2, 401), np.linspace(-4, 1, 501), indexing="ij")
-    some = np.tanh((base - own)[few] / (base - own)[few].std())
+    some = np.tanh((base - own) / (base - own).std())
     logits = grid_t[..., None] + grid_p[..., None] * some
-    score = (wins[few] * logits - np.log1p(np.exp(logits))).sum(-1) - 0.5 * (grid_p + 1.6) ** 2 - 0.005 * grid_t ** 2
-    best = grid_t.flat[score.argmax()]
-    assert evaluate.length_controlled(wins[few], own[few], base[few])[0] == pytest.approx(100 / (1 + np.exp(-best)), abs=0.3)
-    counts = np.random.default_rng(1).multinomial(60, [1 / 60] * 60, size=3)
-    together = evaluate.length_controlled(wins[few], own[few], base[few], counts)
-    for row, value in zip(counts, together):              # resampled at once as one by one
-        assert evaluate.length_controlled(wins[few], own[few], base[few], row[None])[0] == pytest.approx(value, abs=1e-6)
-    assert 90 < evaluate.length_controlled(np.ones(30), own[:30], base[:30])[0] < 100     # all won: no infinity
-    assert evaluate.length_controlled(np.full(5, 0.5), own[:1].repeat(5) + 1, own[:1].repeat(5))[0] == pytest.approx(50)   # one gap: no length
+    score = (wins * logits - np.log1p(np.exp(logits))).sum(-1) - 0.5 * (grid_p + 1.6) ** 2 - 0.005 * grid_t ** 2
+    best = 100 / (1 + np.exp(-grid_t.flat[score.argmax()]))
+    counts = np.vstack([np.ones(60), rng.multinomial(60, [1 / 60] * 60, size=3)])
+    together = evaluate.length_controlled(wins, own, base, counts)
+    assert together[0] == pytest.approx(best, abs=0.3)
+    for drawn, value in zip(counts, together):            # resampled at once as one by one
+        assert evaluate.length_controlled(wins, own, base, drawn[None])[0] == pytest.approx(value, abs=1e-6)
+    one = np.ones((1, 60))
+    assert 90 < evaluate.length_controlled(one[0], own, base, one)[0] < 100                    # all won: no infinity
+    assert evaluate.length_controlled(one[0] / 2, base + 1, base, one)[0] == pytest.approx(50)   # one gap: no length
 
 
-def test_paired_tests_are_sacrebleus():
+# ------------------------------------------------------------------------------------------- numbers of a condition
+def sqa_rows(right, groups=None):
+    return [dict(task="sqa", group=str(i) if groups is None else groups[i], text="x", prompt="", transcript="x",
+                 reference=["yes"], answer="yes" if good else "no", tokens=1, voice="ab"[i % 2])
+            for i, good in enumerate(right)]
+
+
+def test_seeds_are_one_row_and_a_paired_difference_is_tight():
     rng = np.random.default_rng(0)
-    references = [" ".join(rng.choice("le la chat chien maison mange dort voit grand petit".split(), 8)) for _ in range(40)]
-    items = [dict(task="s2tt", reference=[text], language="French") for text in references] + [dict(task="sqa", reference=["x"])]
-    def spoilt(rate):
-        return [" ".join(w if rng.random() > rate else "zut" for w in text.split()) for text in references] + ["x"]
-    found = evaluate.paired_tests(items, {"rba": spoilt(0.1), "sft": spoilt(0.4), "same": None} | {"same": spoilt(0.4)})
-    assert set(found) == {"rba", "same"} and found["rba"]["BLEU"] < 0.01 < 0.05 < found["same"]["chrF"]
-    assert evaluate.paired_tests(items, {"rba": spoilt(0.1)}) == {}
-    assert evaluate.paired_tests(items, dict.fromkeys(("sft", "rba"), spoilt(0.1)))["rba"] == {"BLEU": 1, "chrF": 1}
-    assert sacrebleu.BLEU(tokenize=evaluate.tokenizer(dict(language="Chinese"))).corpus_score(["我去"], [["我去"]]).precisions[0] == 100
+    base = rng.random(300) < 0.5
+    runs = {"base": base, "sft+": base, "sft+-s1": base}
+    for at, name in enumerate(("rba-single", "rba-single-s1", "rba-single-s2")):
+        runs[name] = base | (rng.random(300) < 0.1 + 0.1 * at)
+    by_run = {name: sqa_rows(right) for name, right in runs.items()}
+    seeds = {"base": ["base"], "sft+": ["sft+", "sft+-s1"], "rba-single": [*runs][3:]}
+    rows, contrasts = evaluate.numbers(by_run, seeds, None, {"similarity": {}}, {"a"})
+    found = {(row["system"], row["metric"]): row for row in rows}
+    each = [100 * runs[name].mean() for name in seeds["rba-single"]]
+    row, difference = found["rba-single", "accuracy"], found["rba-single", "accuracy − base"]
+    assert row["seeds"] == pytest.approx(each) and row["value"] == pytest.approx(np.mean(each))
+    assert found["base", "accuracy"]["seeds"] == [] and ("base", "accuracy − base") not in found
+    assert difference["value"] == pytest.approx(np.mean(each) - 100 * base.mean())
+    assert row["high"] - row["low"] > 1.5 * (difference["high"] - difference["low"])
+    mean = np.mean([runs[name] for name in seeds["rba-single"]], 0)        # items alone are resampled
+    by_hand = [100 * (mean - base)[rng.integers(300, size=300)].mean() for _ in range(4000)]
+    assert (difference["low"], difference["high"]) == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.5)
+    [contrast] = contrasts
+    assert contrast["system"] == "rba-single − sft+" and contrast["value"] == pytest.approx(difference["value"])
+    assert contrast["p"] == contrast["holm"] < 0.001 and len(contrast["seeds"]) == 3
+    unheard = found["base", "accuracy, unheard voices"]
+    assert unheard["value"] == pytest.approx(100 * base[1::2].mean())
+    assert evaluate.row_of("rba-group-s12") == "rba-group" and evaluate.row_of("sft-seed") == "sft-seed"
 
 
-def test_the_robustness_table_and_figure(tmp_path):
-    measured = {condition: {system: [{("sqa", "accuracy"): (np.full((4, 1), value), evaluate.mean),
-                                      ("sqa", "WER"): (np.full((4, 2), [1.0, 4.0]), lambda sums, n: 100 * sums[..., 0] / sums[..., 1])}]
-                            for system, value in (("sft", score), ("rba", score + 5))}
-                for condition, score in (("clean", 80.0), ("noise:5", 40.0), ("speed:1.5", 60.0))}
-    lines, rows = [], evaluate.compare(measured)
-    evaluate.robustness_table(rows, lines)
-    assert "| noise:5 | 25.0 | 40.0 [40.0, 40.0] (-50 %) | 45.0 [45.0, 45.0] (-47 %) |" in lines
-    evaluate.plot_robustness(rows, tmp_path / "r.png")
+def test_win_rates_enter_the_tables_with_and_without_length():
+    prefers = {"rba-group": 1.0, "sft+": 0.5, "sft": 0.5}
+
+    def judge(rows, others):
+        return [prefers[row["system"]] for row in rows]
+    by_run = {}
+    for name in prefers:
+        by_run[name] = [row | dict(system=name, answer="n", transcript="x", tokens=3) for row in OWN]
+    vectors = {"similarity": {"n": np.ones(1), "Neil.": np.ones(1)}}
+    rows, contrasts = evaluate.numbers(by_run, {name: [name] for name in by_run}, judge, vectors)
+    found = {(row["system"], row["metric"]): row["value"] for row in rows}
+    assert found["rba-group", "WR against sft"] == 100 and found["sft+", "WR against sft"] == 50
+    assert 75 < found["rba-group", "LC against sft"] < 100 and ("sft", "WR against sft") not in found
+    assert [(row["system"], row["metric"], row["value"]) for row in contrasts] == [("rba-group − sft+", "WR", 50.0)]
+
+
+def test_y_ref_is_in_no_contest_for_closeness_to_y_ref():
+    vectors = {"similarity": {text: np.ones(1) for text in ("n", "Neil.")}}
+    by_run = {name: [row | dict(answer="n", transcript="x", response="Neil.") for row in OWN] for name in ("text", "base")}
+    seeds = {name: [name] for name in by_run}
+    rows, _ = evaluate.numbers(by_run, seeds, None, vectors)
+    assert not [row for row in rows if row["metric"].startswith("WR")]
+    rows, _ = evaluate.numbers(by_run, seeds, lambda rows, others: [0.5] * len(rows), vectors)
+    assert Counter(row["metric"] for row in rows)["WR against text"] == 1
+
+
+def test_tables_and_figure_of_more_than_two_conditions(tmp_path):
+    held = dict(preset="tiny", teacher="t", student="s", source="x", judge="", broken=[], items={"sqa": "4"},
+                conditions=["clean", "noise:5", "loss:5"], leading="noise:5", systems=["base", "sft"], contrasts=[],
+                rewarded={"base": [], "sft": []}, signatures="", rows=[])
+    for condition, value in (("clean", 80.0), ("noise:5", 40.0), ("loss:5", 60.0)):
+        for system, gain in (("base", 0), ("sft", 5)):
+            held["rows"].append(dict(condition=condition, system=system, task="sqa", metric="accuracy",
+                                     value=value + gain, low=value - 1, high=value + 9, seeds=[value, value + 1]))
+        held["rows"].append(dict(condition=condition, system="Whisper", task="sqa", metric="WER", value=25.0, low=20.0,
+                                 high=30.0, seeds=[]))
+    evaluate.report(held, tmp_path / "r.json")
+    text = (tmp_path / "r.md").read_text()
+    assert "| noise:5 | 25.0 [20.0, 30.0] | 40.0 [39.0, 49.0] (40.0, 41.0) | 45.0 [39.0, 49.0] (40.0, 41.0) |" in text
     assert (tmp_path / "r.png").stat().st_size > 5000

@@ -1,318 +1,299 @@
-"""What is met at paper scale: published SpeechLMs and VITS through the classes that transformers has for them (the real class and
-processor, tiny and random), reward models, teachers with other tokens, teachers behind a URL."""
+"""What is met at paper scale, tiny and random: published SpeechLMs in their real classes, others' teachers.
+
+common.PublishedSpeechLM has layers and attention of its own in its decoder, so what it must equal is a second
+copy that transformers loaded itself, with LoRA merged into its weights; float32, to compare digits.
+"""
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
-from conftest import SENTENCES, stage
+from conftest import SENTENCES, log_of, run_stage, stage
+from test_models import merged
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 import common
 
 AUDIO = dict(num_mel_bins=128, d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64)
-TEXT = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-ITEMS = [dict(id=str(i), task="instruct", text=text, prompt=prompt, response=answer, reference=[answer]) for i, (text, prompt, answer) in enumerate(
-    zip(SENTENCES, ("", "Answer in one short sentence.", "", ""), ("Paris.", "Roast it slowly until it is done.", "Have fun!", "Neil Armstrong.")))]
+TEXT = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.3)    # more than usual: a few updates teach it
+REQUESTS = ("", "Answer in one short sentence.", "", "")
+ANSWERS = ("Paris.", "Roast it slowly until it is done.", "Have fun!", "Neil Armstrong.")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def float32():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "native_dtype", lambda: torch.float32)
+        yield
+
+
+# ------------------------------------------------------------------- what `save_pretrained` would write
 def qwen2_audio(vocabulary, audio_id):
-    config = transformers.Qwen2AudioConfig(audio_config=AUDIO | dict(model_type="qwen2_audio_encoder"), audio_token_index=audio_id,
-                                           text_config=TEXT | dict(model_type="qwen2", vocab_size=vocabulary))
+    text = TEXT | dict(vocab_size=vocabulary)
+    config = transformers.Qwen2AudioConfig(audio_config=AUDIO, text_config=text, audio_token_index=audio_id)
     return transformers.Qwen2AudioForConditionalGeneration(config)
 
 
 def qwen2_5_omni(vocabulary, audio_id):
     """As it is published: the thinker is a part of the checkpoint, whose other parts are not loaded."""
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 2, 2])
-    thinker = dict(audio_config=AUDIO | dict(output_dim=48), text_config=TEXT | dict(vocab_size=vocabulary, rope_parameters=rope),
-                   vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48), audio_token_index=audio_id,
-                   audio_start_token_id=audio_id + 1, audio_end_token_id=audio_id + 2, image_token_index=audio_id + 3, video_token_index=audio_id + 4,
-                   vision_start_token_id=audio_id + 5, vision_end_token_id=audio_id + 6)
-    return omni.Qwen2_5OmniForConditionalGeneration(transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False))
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48)
+    tokens = ("audio_token_index", "audio_start_token_id", "audio_end_token_id", "image_token_index",
+              "video_token_index", "vision_start_token_id", "vision_end_token_id")
+    thinker = dict(zip(tokens, range(audio_id, audio_id + 7)))
+    thinker |= dict(audio_config=AUDIO | dict(output_dim=48), vision_config=vision,
+                    text_config=TEXT | dict(vocab_size=vocabulary, rope_parameters=rope))
+    config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+    return omni.Qwen2_5OmniForConditionalGeneration(config)
 
 
-OMNI_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
-    "{% else %}{% for content in message['content'] %}{% if content['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+def processor_of(make):
+    """SmolLM2's words and the model's own special tokens."""
+    special = dict(audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>")
+    for name in ("image", "video", "vision_bos", "vision_eos"):
+        special[f"{name}_token"] = f"<|{name}|>"
+    path = common.resolve("smollm2-135m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, extra_special_tokens=special)
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.chat_template = None                        # the processor has it
+    features = transformers.WhisperFeatureExtractor(feature_size=128)
+    processor = transformers.Qwen2AudioProcessor(features, tokenizer)
+    if make is qwen2_audio:
+        return processor
+    images, videos = transformers.Qwen2VLImageProcessor(), transformers.Qwen2VLVideoProcessor()
+    return transformers.Qwen2_5OmniProcessor(images, videos, features, tokenizer, processor.chat_template)
+
+
+@dataclass
+class Published:
+    """The SpeechLM as this repo loads it, LoRA as after some training; transformers' own with LoRA merged."""
+    folder: str
+    ours: common.PublishedSpeechLM
+    original: torch.nn.Module
+    heard: list                                           # what `ours` made of the waves
+
+    def prompts(self, model=None, n=4):
+        return (model or self.ours).speech_prompts(self.heard[:n], REQUESTS[:n])
+
+    def inputs(self, wave, request, answer=""):
+        """What a user of transformers would write."""
+        content = [dict(type="audio", audio_url="x.wav")] + [dict(type="text", text=request)] * bool(request)
+        chat = [dict(role="system", content=common.SYSTEM), dict(role="user", content=content)]
+        processor = self.ours.processor
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + answer
+        return processor(text=text, audio=[wave.numpy()], sampling_rate=common.RATE, return_tensors="pt")
+
+    def generate(self, model, inputs, max_new):
+        """Greedy ids by transformers."""
+        found = model.generate(**inputs, max_new_tokens=max_new, do_sample=False, pad_token_id=0,
+                               eos_token_id=self.ours.end_id)
+        return found[0, inputs["input_ids"].shape[1]:].tolist()
+
+    def loss(self, wave, request, answer):
+        """The original's own, of the answer and its end."""
+        inputs = self.inputs(wave, request, answer + "<|im_end|>")
+        labels = inputs["input_ids"].clone()
+        labels[:, :-len(self.ours.answer_ids(answer))] = -100
+        return self.original(**inputs, labels=labels).loss
 
 
 @pytest.fixture(scope="module", params=[qwen2_audio, qwen2_5_omni], ids=lambda make: make.__name__)
-def folder(request, tmp_path_factory):
-    """A directory as `save_pretrained` writes it: random weights, SmolLM2's words and the model's own special tokens."""
-    path = tmp_path_factory.mktemp(request.param.__name__)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(common.resolve("smollm2-135m"))
-    features = transformers.WhisperFeatureExtractor(feature_size=128)
-    special = dict(audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>")
-    if request.param is qwen2_5_omni:
-        special |= {f"{name}_token": f"<|{name.upper()}|>" for name in ("image", "video", "vision_bos", "vision_eos")}
-    tokenizer.add_special_tokens({"additional_special_tokens": [*special.values()]})
-    for name, token in special.items():
-        tokenizer.init_kwargs[name] = token
-        setattr(tokenizer, name, token)
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.chat_template = None                        # the processor has it
-    if request.param is qwen2_audio:
-        processor = transformers.Qwen2AudioProcessor(features, tokenizer)
-    else:
-        processor = transformers.Qwen2_5OmniProcessor(transformers.Qwen2VLImageProcessor(), transformers.Qwen2VLVideoProcessor(), features, tokenizer,
-                                                      chat_template=OMNI_TEMPLATE)
+def published(request, tmp_path_factory, waves):
+    folder, processor = str(tmp_path_factory.mktemp(request.param.__name__)), processor_of(request.param)
+    audio_id = processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
     torch.manual_seed(0)
-    model = request.param(len(tokenizer), tokenizer.convert_tokens_to_ids("<|AUDIO|>"))
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def speechlm(folder):
+    request.param(len(processor.tokenizer), audio_id).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    ours = common.load_speechlm(common.PRESETS["tiny"] | dict(student=folder))
     torch.manual_seed(1)
-    model = common.load_speechlm(common.PRESETS["tiny"] | dict(student=str(folder)), dtype=torch.float32)
-    assert isinstance(model, common.PublishedSpeechLM)
-    for parameter in model.trainable().values():          # LoRA as after some training
+    for parameter in ours.trainable().values():
         torch.nn.init.normal_(parameter, std=0.05)
-    return model
+    plain = type(ours.llm).from_pretrained(folder, dtype=torch.float32).eval()
+    return Published(folder, ours, merged(plain, ours.llm), ours.listen(waves, 12.0))
 
 
-@pytest.fixture(scope="module")
-def heard(speechlm, waves):
-    return speechlm.listen(waves)
+def template(tokenizer, asks=False, **turns):
+    """A chat as token ids."""
+    chat = [dict(role=role, content=content) for role, content in turns.items()]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=asks, tokenize=False)
+    return tokenizer(text, return_tensors="pt")
 
 
-def own_inputs(model, wave, prompt, answer):
-    """What a user of transformers would write."""
-    content = [dict(type="audio", audio_url="x.wav")] + ([dict(type="text", text=prompt)] if prompt else [])
-    text = model.processor.apply_chat_template([dict(role="system", content=common.SYSTEM), dict(role="user", content=content)], tokenize=False,
-                                               add_generation_prompt=True)
-    inputs = model.processor(text=text + answer + "<|im_end|>", audio=[wave.numpy()], sampling_rate=common.RATE, return_tensors="pt")
-    labels = inputs["input_ids"].clone()
-    labels[:, :-len(model.answer_ids(answer))] = -100
-    return inputs, labels
+only_qwen2_audio = pytest.mark.parametrize("published", [qwen2_audio], indirect=True)
 
 
-def test_log_probabilities_are_those_of_the_models_own_loss(speechlm, heard, waves):
+# --------------------------------------------------------------------------------------- the SpeechLM
+def test_log_probabilities_are_those_of_the_models_own_loss(published, waves):
     with torch.no_grad():
-        prompts = speechlm.speech_prompts(heard, [item["prompt"] for item in ITEMS])
-        answers = [speechlm.answer_ids(item["response"]) for item in ITEMS]
-        flat = common.token_log_probs(speechlm.llm, *common.answer_states(speechlm.llm, prompts, answers))
-        for wave, item, part in zip(waves, ITEMS, flat.split([len(y) for y in answers])):
-            inputs, labels = own_inputs(speechlm, wave, item["prompt"], item["response"])
-            loss = speechlm.llm(**inputs, labels=labels).loss
-            torch.testing.assert_close(-part.mean(), loss, rtol=1e-4, atol=1e-4)
+        answers = [[published.ours.answer_ids(answer)] for answer in ANSWERS]
+        found = common.token_log_probs(published.ours.llm, published.prompts(), answers)
+        for wave, request, answer, lp in zip(waves, REQUESTS, ANSWERS, found):
+            loss = published.loss(wave, request, answer)
+            torch.testing.assert_close(-lp.mean(), loss, rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_is_each_wave_alone_in_any_order(speechlm, heard, waves):
+def test_a_batch_is_each_wave_alone_in_any_order(published, waves):
     """Unequal lengths; padding, neighbours and order change nothing."""
-    assert len({len(row["ids"]) for row in heard}) > 1 and all(len(row["ids"]) == len(row["states"]) > 10 for row in heard)
-    permuted, alone = speechlm.listen(waves[::-1])[::-1], [speechlm.listen([wave])[0] for wave in waves]
+    ours, heard = published.ours, published.heard
+    assert len({len(row["ids"]) for row in heard}) > 1
+    permuted, alone = ours.listen(waves[::-1], 12.0)[::-1], [ours.listen([wave], 12.0)[0] for wave in waves]
     for row, *others in zip(heard, permuted, alone):
+        assert len(row["ids"]) == len(row["states"]) > 10
         for other in others:
             assert other["text"] == row["text"]
             torch.testing.assert_close(other["states"], row["states"], rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_answers_are_the_models_own(speechlm, heard, waves):
-    prompts = speechlm.speech_prompts(heard, [item["prompt"] for item in ITEMS])
-    answers = common.sample(speechlm.llm, prompts, speechlm.end_id, 8)
-    for wave, item, [(ids, _)] in zip(waves, ITEMS, answers):
-        inputs, _ = own_inputs(speechlm, wave, item["prompt"], "")
-        inputs = {name: value[:, :-1] if name in ("input_ids", "attention_mask") else value for name, value in inputs.items()}
-        with torch.no_grad():
-            own = speechlm.llm.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=speechlm.end_id, pad_token_id=0)
-        assert ids == own[0, inputs["input_ids"].shape[1]:].tolist()[:len(ids)] and len(ids) == 8
+def test_greedy_answers_are_those_of_generate(published, waves):
+    answers = published.ours.answer(published.heard, REQUESTS, 8)
+    for wave, request, answer in zip(waves, REQUESTS, answers):
+        said = answer.ids + [published.ours.end_id] * answer.ended
+        assert said == published.generate(published.original, published.inputs(wave, request), 8)
+    assert max(len(answer.ids) for answer in answers) > 2
 
 
-def test_k_answers_share_one_prompt(speechlm, heard):
-    """Packed log-probabilities and gradients of K answers are those of K copies of the prompt, and recomputed layers change neither."""
-    answers = [[speechlm.answer_ids(item["response"]) for item in ITEMS[i:] + ITEMS[:i]] for i in range(2)]
-    results = []
-    recomputing = common.load_speechlm(common.PRESETS["tiny"] | dict(student=speechlm.config["student"], checkpointing=True), dtype=torch.float32)
-    recomputing.load_state_dict(speechlm.state_dict())
-    for model, packed in ((speechlm, True), (speechlm, False), (recomputing, True)):
-        prompts = model.speech_prompts(heard[:2], ["", "Be brief."])
-        own = (prompts, sum(answers, [])) if packed else ([p for p in prompts for _ in range(4)], sum(answers, []))
-        log_probs = common.token_log_probs(model.llm, *common.answer_states(model.llm, *own))
-        log_probs.sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model.trainable().items()}
-        model.zero_grad()
-        results.append((log_probs.detach(), gradients))
-    for log_probs, gradients in results[1:]:
-        torch.testing.assert_close(log_probs, results[0][0], rtol=1e-4, atol=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_answers_share_one_prompt(published, waves, checkpointing):
+    """Values and gradients are those of each through the whole original; also with layers computed twice."""
+    config = common.PRESETS["tiny"] | dict(student=published.folder, checkpointing=checkpointing)
+    model, calls, layers = common.load_speechlm(config), [], dict(published.original.named_modules())
+    model.set_state(published.ours.state())
+    model.llm.get_decoder().layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    pairs = [[ANSWERS[i], ANSWERS[i + 2]] for i in range(2)]
+    packed = [[model.answer_ids(answer) for answer in pair] for pair in pairs]
+    found = common.token_log_probs(model.llm, published.prompts(model, 2), packed)
+    torch.cat(found).sum().backward()
+    published.original.zero_grad()
+    for i, lp in enumerate(found):
+        alone = published.loss(waves[i // 2], REQUESTS[i // 2], pairs[i // 2][i % 2])
+        torch.testing.assert_close(-lp.mean(), alone, rtol=1e-4, atol=1e-4)
+        (-len(lp) * alone).backward()                     # of its sum
+    adapted = [name for name, layer in model.llm.named_modules() if getattr(layer, "r", 0)]
+    for name in adapted:
+        layer, slope = model.llm.get_submodule(name), 2 * layers[name].weight.grad
+        torch.testing.assert_close(layer.lora_B.grad, slope @ layer.lora_A.T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(layer.lora_A.grad, layer.lora_B.T @ slope, rtol=1e-3, atol=1e-4)
+    assert len(adapted) == 14 and len(calls) == 1 + checkpointing
 
 
-def test_only_lora_in_the_llm_is_trained_saved_and_loaded(speechlm, heard, tmp_path):
-    assert all("lora_" in name and "audio_tower" not in name and "visual" not in name for name in speechlm.trainable())
-    speechlm.save(tmp_path / "a.pt")
-    other = common.load_speechlm(speechlm.config, dtype=torch.float32)
-    with torch.no_grad():
-        before, after = [], []
-        for found in (before, after):
-            prompts = other.speech_prompts(heard, [""] * 4)
-            found.append(common.token_log_probs(other.llm, *common.answer_states(other.llm, prompts, [[5, 6]] * 4)))
-            other.load(tmp_path / "a.pt")
-        prompts = speechlm.speech_prompts(heard, [""] * 4)
-        expected = common.token_log_probs(speechlm.llm, *common.answer_states(speechlm.llm, prompts, [[5, 6]] * 4))
-    assert not torch.allclose(before[0], expected, atol=1e-3)
-    torch.testing.assert_close(after[0], expected)
-    other.freeze_reference()
-    with other.as_reference():
-        prompts = other.speech_prompts(heard, [""] * 4)
-        torch.testing.assert_close(common.token_log_probs(other.llm, *common.answer_states(other.llm, prompts, [[5, 6]] * 4)).detach(), expected)
+def test_only_lora_in_the_llm_is_trained_saved_and_loaded(published, tmp_path):
+    ours, decoder = published.ours, {id(p) for p in published.ours.llm.get_decoder().parameters()}
+    learning = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert learning == ours.trainable().keys() and len(learning) == 28
+    assert all(id(p) in decoder for p in ours.trainable().values())
+    held = {"format": common.CHECKPOINT, "config": ours.config, "history": [], "state": ours.state()}
+    torch.save(held, tmp_path / "a.pt")
+    other, found = common.load_speechlm(common.PRESETS["tiny"] | dict(student=published.folder)), []
+    for model, path in ((ours, None), (other, "none"), (other, tmp_path / "a.pt")):
+        if path:
+            model.load(path)
+        found += common.token_log_probs(model.llm, published.prompts(model, 1), [[[5, 6]]])
+    assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1], atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------ the four stages
+# ----------------------------------------------------------------------------------------- the stages
 @pytest.fixture
-def run(monkeypatch, work, tmp_path):
-    """A stage in this process, on the data of the suite's end-to-end run -> what it printed."""
-    shutil.copytree(work / "data", tmp_path / "data")
-    monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
+def work(groups, tmp_path):
+    """A copy of the groups: four instructions, in valid and test two, in two voices each."""
+    work = shutil.copytree(groups, tmp_path / "work")
+    for path in (work / "data").glob("*.jsonl"):
+        rows = [row for row in common.read_jsonl(path) if row["voice"] in ("tempo-0", "tempo-3")]
+        common.write_jsonl(path, rows if path.stem == "train" else rows[:4])
+    return work
+
+
+@pytest.fixture
+def run(work, monkeypatch):
+    """A stage's own main() in this process."""
+    monkeypatch.setitem(common.PRESETS, "tiny", common.PRESETS["tiny"] | dict(max_new=16, held_out=2))
 
     def go(script, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--work", str(tmp_path), *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--work", str(work), *map(str, flags)])
         stage(script).main()
-        return tmp_path
     return go
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("folder", [qwen2_audio], indirect=True, ids=["qwen2_audio"])   # the tests above try what the stages call of both
-def test_a_published_student_goes_through_all_stages(folder, run, capsys):
-    """Its tokenizer is the teacher's with special tokens of its own: kd and opd can be computed."""
-    student = "--student", folder
-    run("02_sft_warmup", *student, "--objective", "sft", "--max-steps", 1, "--batch-size", 2)
-    run("02_sft_warmup", *student, "--objective", "kd", "--max-steps", 1, "--batch-size", 2)
-    run("03_rba_rl", *student, "--max-steps", 1, "--batch-size", 2, "--k", 2, "--token-reward", 0.1)
-    path = run("04_evaluate", *student, "--systems", "cascade,kd,rba+opd", "--conditions", "noise:5")
-    rows = json.loads((path / "results.json").read_text())["rows"]
-    assert {row["system"] for row in rows} == {"cascade", "kd", "rba+opd"} and {"accuracy", "log π_T"} <= {r["metric"] for r in rows}
-    history = common.load_checkpoint(path / "rba+opd.pt", "rba-speechlm-1")["history"]
-    assert [entry["objective"] for entry in history] == ["sft", "rl"]
+@only_qwen2_audio
+def test_a_published_student_goes_through_all_stages(published, run, work):
+    student = "--batch-size", 4, "--student", published.folder
+    run("02_sft_warmup", *student, "--objective", "sft", "--max-steps", 20, "--lr", 2e-2)   # answers end then
+    run("03_rba_rl", *student, "--max-steps", 2)
+    for name in ("rba-group", "rba-single"):
+        held = common.load_checkpoint(work / f"{name}.pt")
+        assert [past["objective"] for past in held["history"]] == ["sft", name]
+        assert held["state"].keys() == published.ours.trainable().keys()
+        assert log_of(work, name)[-1]["pairs"] > 0 and log_of(work, name)[-1]["grad_norm/lora"] > 0
+    run("04_evaluate", *student[2:], "--conditions", "noise:5")
+    systems = json.loads((work / "results.json").read_text())["systems"]
+    assert systems == ["text", "base", "cascade", "sft", "rba-single", "rba-group"]
+    # ---- the cascade is the model's own LLM, before any training, reading Whisper's transcript
+    plain = type(published.original).from_pretrained(published.folder, dtype=torch.float32).eval()
+    items, tokenizer = common.read_items(work, "test"), published.ours.tokenizer
+    heard = common.listen_to_split(published.ours, work, work / "data/test.jsonl", items, "noise:5", 12.0)
+    for row, sound in zip(common.read_jsonl(work / "answers/test/cascade.noise-5.jsonl"), heard):
+        inputs = template(tokenizer, True, system=common.SYSTEM, user=sound["text"])
+        said = tokenizer.decode(published.generate(plain, inputs, 16), skip_special_tokens=True)
+        assert row["answer"] == said.strip()
 
 
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """A tiny random teacher whose tokens are other ones."""
-    path = tmp_path_factory.mktemp("foreign")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(common.resolve("smollm2-135m"))
-    own = tokenizer.train_new_from_iterator(["a text of some words to learn a few tokens from"] * 9, 300)
-    own.chat_template = tokenizer.chat_template
+@only_qwen2_audio
+def test_two_processes_have_the_gradients_of_one(published, work):
+    """At a low temperature: where 49155 tokens are about as likely, rounding would choose another one."""
+    found, flags = [], ("--objective", "rba-single", "--init", "none", "--max-steps", 1, "--batch-size", 3)
+    for processes in (1, 2):
+        path = work / f"gradients-{processes}"
+        run_stage("03_rba_rl.py", work, *flags, "--student", published.folder, "--temperature", 0.1, "--out",
+                  f"by-{processes}", processes=processes, FLOAT32=1, GRADIENTS=path)
+        found.append(torch.load(path, weights_only=True))
+    assert torch.stack([gradient.norm() for gradient in found[0]]).sum() > 0
+    for one, two in zip(*found, strict=True):
+        assert (one - two).norm() <= 1e-3 * one.norm() + 1e-7
+
+
+# ------------------------------------------------------------------------- other teachers, reward models
+def write_llama(path, kind, tokenizer, **options):
+    """A tiny random Llama with this tokenizer."""
     torch.manual_seed(2)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(own), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                                           num_attention_heads=2)).save_pretrained(path)
-    own.save_pretrained(path)
-    return path
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                                      num_hidden_layers=2, num_attention_heads=2, pad_token_id=0, **options)
+    model = kind(config).eval()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return model
 
 
-@pytest.mark.slow
-def test_a_teacher_with_other_tokens(foreign, run, work, model, tmp_path, capsys):
-    """What it wrote is learned from and rewarded; what needs its token log-probabilities says so in one line, or is left out."""
-    with pytest.raises(common.UserError, match="different token ids"):
-        common.Teacher(model, str(foreign))
-    shutil.copy(work / "sft.pt", tmp_path)
-    config = json.loads((work / "data" / "config.json").read_text())
-    config["config"]["teacher"] = str(foreign)
-    (tmp_path / "data" / "config.json").write_text(json.dumps(config))
-    path = run("03_rba_rl", "--teacher", foreign, "--max-steps", 1, "--batch-size", 2)         # rba, and opd left out
-    assert (path / "rba.pt").exists() and not (path / "opd.pt").exists()
-    run("04_evaluate", "--teacher", foreign, "--conditions", "clean", "--systems", "sft,rba")
-    metrics = {row["metric"] for row in json.loads((path / "results.json").read_text())["rows"]}
-    assert "chrF" in metrics and not {"log π_T", "wins"} & metrics
-    assert "opd is left out" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="were made with --teacher"):
-        run("04_evaluate", "--conditions", "clean")
+@pytest.fixture
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(common.resolve("smollm2-135m"))
 
 
-# ------------------------------------------------------------------------------------------------------ reward models
-def test_rewards_are_the_reward_models_own_in_a_batch(tmp_path):
-    """Its own chat template around the gold words; padding changes nothing."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(common.resolve("smollm2-135m"))
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                      num_labels=1, pad_token_id=0)
-    model = transformers.LlamaForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    rewards = common.RewardModel(str(tmp_path), "cpu")
-    answers = ["Paris.", "Roast it slowly until it is done, then let it rest for a while.", "", "Neil"]
-    for item, answer, reward in zip(ITEMS, answers, rewards(ITEMS, answers)):
-        said = item["text"] + ("\n" + item["prompt"] if item["prompt"] else "")
-        ids = tokenizer.apply_chat_template([dict(role="user", content=said), dict(role="assistant", content=answer)], return_tensors="pt")
-        with torch.no_grad():
-            assert reward == pytest.approx(float(rewards.model(ids["input_ids"] if not torch.is_tensor(ids) else ids).logits), rel=2e-2, abs=2e-3)
+def test_a_teacher_with_other_tokens_teaches_by_its_words_alone(run, work, tokenizer, tmp_path):
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    write_llama(student, transformers.LlamaForCausalLM, tokenizer)
+    tokenizer.add_tokens(["<|one more|>"])
+    write_llama(teacher, transformers.LlamaForCausalLM, tokenizer)
+    common.write_json(work / "data" / "config.json", {"config": {"preset": "tiny", "teacher": str(teacher)}})
+    flags = "--student", student, "--max-steps", 1, "--batch-size", 2
+    run("02_sft_warmup", *flags)                          # all that can be computed
+    assert {path.name for path in work.glob("*.pt")} == {"sft.pt", "sft+.pt"}
+    with pytest.raises(common.UserError, match="different token ids; use --objective sft"):
+        run("02_sft_warmup", *flags, "--objective", "kd")
 
 
-# ------------------------------------------------------------------------------------------------------ VITS
-@pytest.fixture(scope="module")
-def vits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vits")
-    symbols = ["_", *" abdefghijklmnoprstuvwxzæðŋɐɑɒɔəɚɛɜɡɪɹʃʊʌʒˈˌːθᵻɾ"]
-    (path / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
-    transformers.VitsTokenizer(str(path / "vocab.json"), pad_token="_", unk_token="_", language="en-us", phonemize=True).save_pretrained(path)
-    torch.manual_seed(4)
-    config = transformers.VitsConfig(vocab_size=len(symbols), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, flow_size=16,
-                                     spectrogram_bins=9, prior_encoder_num_flows=1, num_speakers=3, speaker_embedding_size=8,
-                                     upsample_initial_channel=16, upsample_rates=[8, 8, 2, 2], sampling_rate=16000,
-                                     wavenet_dilation_rate=1, prior_encoder_num_wavenet_layers=1, duration_predictor_filter_channels=16)
-    transformers.VitsModel(config).save_pretrained(path)
-    return path
-
-
-def test_a_vits_speaks_a_batch_as_each_alone(vits):
-    """Unequal lengths, speakers and speeds; silent noise, so that it is the same every time."""
-    voices = stage("01_synthesize").Voices(f"{vits}#0-2")
-    assert [*voices.weights] == [f"{vits}#{i}" for i in range(3)]
-    requests = [(f"{vits}#{i % 3}", text, speed) for i, (text, speed) in enumerate(zip(SENTENCES, (1.0, 1.5, 0.8, 1.0)))]
-    together = voices.say_all(requests)
-    for request, (wave, rate) in zip(requests, together):
-        [(alone, _)] = voices.say_all([request])
-        assert rate == 16000 and len(wave) == len(alone) > 1000
-        assert abs(wave[:-2000] - alone[:-2000]).max() < 1e-3
-    [(slow, _), (other, _)] = voices.say_all([(f"{vits}#0", SENTENCES[1], 0.5), (f"{vits}#1", SENTENCES[1], 1.5)])
-    assert len(slow) > 2 * len(together[1][0]) and len(other) == len(together[1][0]) and abs(other - together[1][0]).max() == 0
-    [(another, _)] = voices.say_all([(f"{vits}#2", SENTENCES[1], 1.5)])
-    assert len(another) != len(other) or abs(another - other).max() > 1e-3                     # a speaker of its own
-    with pytest.raises(common.UserError, match="speakers #0 to #2"):
-        voices.say_all([(f"{vits}#3", "Hello", 1.0)])
-
-
-# ------------------------------------------------------------------------------------------------------ served teachers
-@pytest.mark.slow
-def test_a_served_teacher_writes_what_a_local_one_writes(server):
-    """Greedily token by token; samples end, are of the user's turn, and follow the temperature."""
-    synthesize, (url, name) = stage("01_synthesize"), server
-    served, local = synthesize.ServedTeacher(f"{url}#{name}"), synthesize.LocalTeacher("smollm2-135m", "cpu")
-    tokenizer = local.tokenizer
-    assert served.dialect == "transformers"
-    before, after, end_id = common.chat_parts(tokenizer)
-    prompts = [before + tokenizer(text).input_ids + after for text in SENTENCES[:2]]
-    own = local.continuations(prompts, end_id, 24, None, 1.0)
-    found = served.continuations(prompts, end_id, 24, None, 1.0)
-    assert [[ended for _, ended in replies] for replies in found] == [[ended for _, ended in replies] for replies in own]
-    for [(said, _)], [(expected, _)] in zip(found, own):  # bfloat16 rounding may part two greedy paths, late
-        assert common.token_f1(said, expected) > 0.8
-    prefix = common.chat_parts(tokenizer, system=None)[0]
-    [samples] = served.continuations([prefix], end_id, 32, [[1, 2, 3, 4, 5, 6]], 1.0)
-    assert len({text for text, _ in samples}) == 6 and any(ended for _, ended in samples)
-    args = common.parse_args("", synthesize.FLAGS, [])
-    synthesize.BATCH, before = 16, synthesize.BATCH
-    try:
-        rows = synthesize.write_texts(served, "instruct", 0, args)
-    finally:
-        synthesize.BATCH = before
-    kept = [row for row in rows if not row["dropped"]]
-    assert len(rows) == 16 and kept and all(row["ended"] and row["response"] for row in kept)
-
-
-def test_a_url_that_is_no_teacher_is_one_line(monkeypatch, tmp_path):
-    for url, problem in (("http://127.0.0.1:9/v1", "add #MODEL"), ("http://127.0.0.1:9/v1#" + common.resolve("smollm2-135m"), "no answer from completions")):
-        monkeypatch.setattr(sys, "argv", ["01_synthesize.py", "--work", str(tmp_path / "w"), "--teacher", url])
-        with pytest.raises(common.UserError, match=problem):
-            stage("01_synthesize").main()
-    with pytest.raises(common.UserError, match="can't score tokens"):
-        common.load_llm("http://127.0.0.1:9/v1#x")
+def test_rewards_are_the_reward_models_own(tokenizer, tmp_path):
+    """Scores in a batch are those of each alone, in its own chat template without a system turn of ours."""
+    model = write_llama(tmp_path, transformers.LlamaForSequenceClassification, tokenizer, num_labels=1)
+    items, answers, scores = [], [*ANSWERS[:3], ""], []
+    for text, request, answer in zip(SENTENCES, REQUESTS, answers):
+        items.append(dict(text=text, prompt=request))
+        user = f"{text}\n{request}" if request else text
+        scores.append(model(**template(tokenizer, user=user, assistant=answer)).logits.item())
+    assert common.RewardModel(str(tmp_path))(items, answers) == pytest.approx(scores, abs=1e-5)
+    assert max(scores) - min(scores) > 1e-3
+    write_llama(tmp_path, transformers.LlamaForCausalLM, tokenizer)        # no trained head
+    with pytest.raises(common.UserError, match="no trained head or no chat template"):
+        common.RewardModel(str(tmp_path))

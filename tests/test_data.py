@@ -1,0 +1,374 @@
+"""Stage 1: its filters, draws and voices, and the data set it wrote."""
+import itertools
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import SENTENCES, stage
+
+import common
+
+synthesize = stage("01_synthesize")
+
+
+# ---------------------------------------------------------------------------------------------------- filters
+@pytest.mark.parametrize("text, good", [
+    ("What is the capital of France?", True), ("It's \"fine\", I think: 20% off!", True),
+    ("Look at www.site.org", False),
+    ("print(x) and foo()", False), ("first\nsecond", False),
+    ("Call 5551234 now", False), ("* a list", False),
+    ("¿Qué hora es?", False), ("...", False), ("", False), ("use camelCase here", False)])
+def test_speakable(text, good):
+    assert synthesize.is_speakable(text) == good
+
+
+def test_language():
+    assert synthesize.is_english("Can you tell me what the weather is like?")
+    assert not synthesize.is_english("Je voudrais un café") and not synthesize.is_english("")
+
+
+@pytest.mark.parametrize("task, text, ended, failed", [
+    ("instruct", "Tell me a story about a dog.", True, ""),
+    ("instruct", "Tell me a story about a dog.", False, "ended"),
+    ("instruct", "Tell me", True, "length"), ("instruct", "the dog " * 11, True, "length"),
+    ("instruct", "Je voudrais un petit chat", True, "language"),
+    ("sqa", "Who was the first king", True, "form"),
+    ("s2tt", "i am going home.", True, "form"), ("s2tt", "I am going home.", True, "")])
+def test_the_first_filter_that_drops_an_instruction(task, text, ended, failed):
+    assert synthesize.check_instruction(task, text.strip(), ended) == failed
+
+
+@pytest.mark.parametrize("task, answer, ended, failed", [
+    ("sqa", "Paris", True, ""), ("sqa", "The city of light, Paris", True, ""),
+    ("sqa", "France", True, "answer words"),
+    ("sqa", "It is the old city of Paris", True, "answer words"), ("sqa", "", True, "answer ended"),
+    ("sqa", "Paris", False, "answer ended"), ("instruct", "It is Paris, as everybody knows.", True, ""),
+    ("instruct", "1. **Paris**", True, "answer speakable"),
+    ("s2tt", "Où est la capitale\n?", True, "answer speakable"),
+    ("s2tt", "Où est « la capitale » ?", True, "")])
+def test_the_first_filter_that_drops_an_answer(task, answer, ended, failed):
+    assert synthesize.check_answer(task, "What is the capital of France?", answer, ended) == failed
+
+
+def test_an_sqa_answer_has_one_form():
+    replies = ('mount Everest."', ' Mount Everest" is it', "Mount Everest")
+    forms = list(map(synthesize.short_answer, replies))
+    assert forms == [("Mount Everest", True), ("Mount Everest", True), ("Mount Everest", False)]
+
+
+def test_near_duplicates_against_all_pairs():
+    words, rng, texts = "a big dog cat ran sat on the mat in rain".split(), random.Random(0), []
+    for _ in range(300):
+        texts.append(" ".join(rng.choices(words, k=rng.randrange(3, 6))))
+    texts += ["What is the capital of Peru?", "what is the capital of peru", "What is the capital of Spain?"]
+
+    def grams(text):
+        own = ["<", *"".join(c if c.isalnum() else " " for c in text.lower()).split(), ">"]
+        return set(zip(own, own[1:]))
+    kept, duplicates = [], synthesize.NearDuplicates()
+    for text in texts:
+        closest = 0.0
+        for earlier in kept:
+            closest = max(closest, len(grams(text) & grams(earlier)) / len(grams(text) | grams(earlier)))
+        assert duplicates.seen(text) == (closest >= 0.7)
+        if closest < 0.7:
+            kept.append(text)
+    assert 100 < len(kept) < len(texts) - 1
+
+
+# ------------------------------------------------------------------------------------------- draws and groups
+COUNTS = {split: {"instruct": 20, "sqa": 10, "s2tt": 0} for split in common.SPLITS}
+
+
+def some_rows():
+    rows = []
+    for number in range(200):
+        for task in ("instruct", "sqa"):
+            dropped = "" if number % 3 else "length"
+            rows.append(dict(id=f"{task}-{number}", task=task, text=str(number), dropped=dropped))
+    return rows
+
+
+def test_a_group_is_in_one_split_and_any_prefix_is_a_mixture():
+    splits = synthesize.assign_splits(some_rows(), COUNTS, 0)
+    assert splits == synthesize.assign_splits(some_rows(), COUNTS, 0)
+    assert splits != synthesize.assign_splits(some_rows(), COUNTS, 1)
+    ids = [row["id"] for rows in splits.values() for row in rows]
+    assert len(ids) == len(set(ids)) == 3 * (22 + 11)     # a tenth to spare
+    for rows in splits.values():
+        assert {row["task"] for row in rows[:12]} == {"instruct", "sqa"}
+        assert not any(row["dropped"] for row in rows)
+
+
+def test_voices_of_a_group_differ_and_unheard_ones_are_in_test_alone():
+    voices, unheard, shares = list("abcdef"), list("XYZ"), []
+    for seed in range(300):
+        train = synthesize.choose_voices(voices, unheard, "train", "instruct", 4, seed)
+        test = synthesize.choose_voices(voices, unheard, "test", "s2tt", 4, seed)
+        assert len(set(train)) == len(set(test)) == 4 and set(train) <= set(voices)
+        assert len(set(test) & set(unheard)) == 2
+        assert train == synthesize.choose_voices(voices, unheard, "train", "instruct", 4, seed)
+        assert len(set(synthesize.choose_voices(voices, ["X"], "test", "s2tt", 4, seed)) & {"X"}) == 1
+        [one] = synthesize.choose_voices(voices, unheard, "test", "sqa", 4, seed)
+        shares.append(one in unheard)
+        assert synthesize.choose_voices(voices, unheard, "valid", "sqa", 4, seed)[0] in voices
+    assert 0.4 < np.mean(shares) < 0.6
+
+
+def test_conditions_are_drawn_from_their_ranges():
+    rng, drawn = random.Random(0), []
+    for _ in range(200):
+        condition = synthesize.draw_condition("babble:4-14,clean,noise:-5-0,loss:10", rng)
+        drawn.append(common.parse_condition(condition))
+    amounts = {}
+    for kind, amount in drawn:
+        amounts.setdefault(kind, []).append(amount)
+    assert min(map(len, amounts.values())) > 30
+    assert set(amounts["loss"]) == {10} and set(amounts["clean"]) == {0}
+    assert 4 <= min(amounts["babble"]) < 6 < 12 < max(amounts["babble"]) <= 14
+    assert -5 <= min(amounts["noise"]) < -3 < -1 < max(amounts["noise"]) <= 0
+
+
+def test_deliveries_differ_with_the_seed_and_test_is_clean():
+    items, fillers = [], 0
+    for seed in range(200):
+        items.append(dict(seed=seed, text=SENTENCES[1], split="train", voice="piper-joe"))
+    drawn = [synthesize.draw_delivery(item, "babble:4-14") for item in items]
+    assert drawn == [synthesize.draw_delivery(item, "babble:4-14") for item in items]
+    for delivery in drawn:
+        assert 0.85 <= delivery.speed <= 1.25 and 2 ** (-1 / 6) <= delivery.pitch <= 2 ** (1 / 6)
+        has_filler = delivery.words != SENTENCES[1]
+        assert has_filler == delivery.description.endswith("filler")
+        assert delivery.condition.startswith("babble:")
+        fillers += has_filler
+    assert len({delivery.description for delivery in drawn}) > 180 and 20 < fillers < 60
+    assert synthesize.draw_delivery(items[0] | {"split": "test"}, "babble:4-14").condition == "clean"
+
+
+def test_speech_batches_hold_whole_groups():
+    groups = [[f"{group}-{s}" for s in range(1 + 3 * (group % 2))] for group in range(9)]
+    batches = synthesize.in_batches([list(group) for group in groups], 8)
+    assert sum(batches, []) == sum(groups, []) and max(map(len, batches)) <= 8
+    for group in groups:
+        assert sum(not set(group).isdisjoint(batch) for batch in batches) == 1
+
+
+def spoken(split, task, number, **changes):
+    """A group of two utterances, the second one as `changes` say."""
+    item = dict(split=split, task=task, group=f"{task}-{number}", seconds=2.0, wer=0.1)
+    return [item, item | changes]
+
+
+def test_one_gross_failure_drops_its_group_and_spare_groups_take_its_place():
+    items = spoken("train", "instruct", "long", seconds=9.1) + spoken("train", "instruct", "wrong", wer=0.51)
+    for n, split, task in itertools.product(range(3), common.SPLITS, ("instruct", "sqa")):
+        items += spoken(split, task, n, seconds=9.0, wer=0.5)
+    counts = {split: dict(instruct=2, sqa=4, s2tt=1) for split in common.SPLITS}
+    splits, failed = synthesize.select(items, counts, 9.0)
+    assert failed == {"instruct-long": "too long to hear", "instruct-wrong": "gross WER"}
+    for own in splits.values():
+        ids = [item["group"] for item in own]
+        assert ids[::2] == ids[1::2] == ["instruct-0", "sqa-0", "instruct-1", "sqa-1", "sqa-2"]
+
+
+def test_the_card():
+    items = []
+    for group, transcripts in enumerate((("Go home.", "go home"), ("Go home.", "go Rome"), ("Yes.", "yes"))):
+        for s, transcript in enumerate(transcripts):
+            items.append(dict(id=f"{group}-{s}", group=f"{group}", split="train", task="instruct", text="x",
+                              response="y", voice=f"voice-{s}", seconds=600.0, transcript=transcript,
+                              wer=0.25 * s, delivery="", condition="clean"))
+    rows = [dict(task="instruct", dropped=""), dict(task="sqa", dropped="gross WER")]
+    args = SimpleNamespace(preset="tiny", seed=0, teacher="t")
+    card = synthesize.data_card(dict(train=items, valid=[], test=[]), items, rows * 2, args)
+    assert "| train | instruct | 3 | 6 | 1.000 | 67% |" in card    # two of three groups were heard alike
+    assert "| voice-0 | 3 | 0.000 |" in card and "| voice-1 | 3 | 0.250 |" in card
+    assert "| gross WER | 0 | 2 | 0 |" in card and "| none | 2 | 0 | 0 |" in card
+    assert card.count("x → y") == 6
+
+
+@pytest.mark.parametrize("good", [2, 0])
+def test_text_batches_are_kept_and_a_hopeless_teacher_is_given_up(good, tmp_path, monkeypatch):
+    def write_instructions(teacher, task, batch, args):
+        written.append(batch)
+        rows = [dict(text=f"{batch} {n}", dropped="length" if n >= good else "") for n in range(3)]
+        return rows + [dict(text=f"{batch} 0", dropped="")] * (good > 0)
+    written, args = [], SimpleNamespace(work=tmp_path, teacher="gpt2", device="cpu")
+    monkeypatch.setattr(synthesize, "load_teacher", lambda name, device: None)
+    monkeypatch.setattr(synthesize, "write_instructions", write_instructions)
+    monkeypatch.setattr(synthesize, "answer_instructions", lambda *_: None)
+    if not good:
+        with pytest.raises(common.UserError, match="gpt2: 21 batches of sqa hold 0 turns"):
+            synthesize.write_texts("sqa", 5, synthesize.NearDuplicates(), args)
+        return
+    for wanted in (5, 5, 7):                              # two good rows and a duplicate in each batch
+        rows = synthesize.write_texts("sqa", wanted, synthesize.NearDuplicates(), args)
+        assert [row["dropped"] for row in rows[:4]] == ["", "", "length", "near duplicate"]
+        assert len(rows) == 4 * ((wanted + 1) // 2)
+    assert written == [0, 1, 2, 3]                        # what was kept is not written again
+
+
+def test_each_process_writes_one_text_batch_in_turn(tmp_path, monkeypatch):
+    written, args = [], SimpleNamespace(work=tmp_path, teacher="t", device="cpu")
+    monkeypatch.setattr(synthesize, "load_teacher", lambda name, device: None)
+    monkeypatch.setattr(synthesize, "answer_instructions", lambda *_: None)
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common, "barrier", lambda: write_the_others())
+
+    def write_instructions(teacher, task, batch, args):
+        written.append(batch)
+        return [dict(text=str(batch))]
+
+    def write_the_others():
+        for batch in (1, 3):
+            common.write_jsonl(synthesize.batch_path(args, "sqa", batch), [dict(text=str(batch))])
+    monkeypatch.setattr(synthesize, "write_instructions", write_instructions)
+    texts = [synthesize.batch_rows("sqa", batch, args)[0]["text"] for batch in range(4)]
+    assert texts == ["0", "1", "2", "3"] and written == [0, 2]
+
+
+def test_the_request_to_a_served_teacher(monkeypatch):
+    def call(self, route, pick, **body):
+        assert route == "completions"
+        bodies.append(body)
+        return pick({"choices": [{"text": " words", "finish_reason": "stop" if body["seed"] else "length"}]})
+    bodies = []
+    monkeypatch.setattr(common.Served, "call", call)
+    teacher = synthesize.ServedTeacher(f"http://localhost:1/v1#{common.resolve('smollm2-135m')}")
+    before, _, end_id = common.chat_parts(teacher.tokenizer, system=None)
+    assert teacher.write(before, end_id, 9, [5, 6], 0.9) == [(" words", True)] * 2
+    assert teacher.answer([before, before[1:]], end_id, 9) == [(" words", False)] * 2
+    assert [body["temperature"] for body in bodies] == [1, 1, 0, 0]
+    assert {body["seed"] for body in bodies[:2]} == {5, 6} and bodies[0]["top_p"] == 0.9
+    prompts = sorted(len(body["prompt"]) for body in bodies)
+    assert prompts == [len(before) - 1, len(before), len(before), len(before)]
+    assert bodies[0]["stop"] == ["<|im_end|>"] and bodies[0]["prompt"] == before
+    assert teacher.tokenizer.decode(before).endswith("<|im_start|>user\n")
+
+
+# ----------------------------------------------------------------------------------------------------- voices
+def multi_speaker(tmp_path, monkeypatch):
+    """A Piper file of 904 speakers: the embedded voice, whose network's speaker ids are written down."""
+    folder, inputs = common.resolve("piper-joe"), []
+    config = json.loads(open(f"{folder}/voice.onnx.json").read()) | {"num_speakers": 904}
+    path = tmp_path / "libritts.onnx"
+    path.touch()
+    (tmp_path / "libritts.onnx.json").write_text(json.dumps(config))
+    real = synthesize.onnx_session(f"{folder}/voice.onnx")
+
+    class Session:
+        def run(self, names, values):
+            inputs.append(values.pop("sid").tolist())
+            return real.run(names, values)
+    monkeypatch.setattr(synthesize, "onnx_session", lambda path: Session())
+    return path, inputs
+
+
+def test_speakers_of_one_piper_file(tmp_path, monkeypatch):
+    path, inputs = multi_speaker(tmp_path, monkeypatch)
+    names = synthesize.voice_names(f"{path}#898-903,{path}#7,piper-joe")
+    assert names == [f"{path}#{speaker}" for speaker in (898, 899, 900, 901, 902, 903, 7)] + ["piper-joe"]
+    deliveries = []
+    for name in (names[0], names[5]):
+        deliveries.append(synthesize.Delivery(name, SENTENCES[0], 1.0, 1.0, "clean", ""))
+    waves = synthesize.speak(deliveries)
+    assert inputs == [[898], [903]] and min(map(len, waves)) > common.RATE
+    with pytest.raises(common.UserError, match="PATH.onnx#0-903 of its 904 speakers"):
+        synthesize.voice_names(f"{path}#900-904")
+
+
+@pytest.mark.parametrize("spec", ["joe", "kokoro-jf_x", "no/such.onnx", "no/such.onnx#0-3", "v.onnx#amy"])
+def test_a_voice_that_is_not_there_is_one_line(spec):
+    with pytest.raises(common.UserError, match=f"voice {spec}"):
+        synthesize.voice_names(spec)
+
+
+@pytest.mark.parametrize("voices, unheard", [
+    ("piper-joe,kokoro-jf_alpha", ""), ("piper-joe,piper-joe,kokoro-jf_alpha,kokoro-jm_kumo", ""),
+    (common.PRESETS["tiny"]["voices"], "piper-joe")])
+def test_too_few_voices(voices, unheard):
+    args = SimpleNamespace(voices=voices, unheard_voices=unheard, voices_per_item=4)
+    with pytest.raises(common.UserError, match="4 different ones"):
+        synthesize.read_voices(args)
+
+
+def test_voices_of_the_presets():
+    voices, unheard = synthesize.read_voices(SimpleNamespace(**common.PRESETS["tiny"]))
+    assert voices == ["piper-joe", "kokoro-jf_alpha", "kokoro-jf_tebukuro", "kokoro-jm_kumo"]
+    assert unheard == ["kokoro-jf_gongitsune", "kokoro-jf_nezumi"]
+
+
+def test_whisper_hears_what_the_voices_say():
+    deliveries = []
+    for seed, voice in enumerate(["piper-joe", "kokoro-jf_alpha", "kokoro-jm_kumo"]):
+        item = dict(seed=seed, text=SENTENCES[3], split="train", voice=voice)
+        deliveries.append(synthesize.draw_delivery(item, "clean"))
+    waves = synthesize.speak(deliveries)
+    for wave, again in zip(waves, synthesize.speak(deliveries, threads=2)):
+        assert torch.equal(wave, again) and 0.85 < wave.abs().max() < 0.95 and 1 < len(wave) / common.RATE < 6
+    asr = common.load_whisper("whisper-tiny.en")
+    for heard in common.listen(asr, waves, 12.0):
+        assert common.word_errors(SENTENCES[3], heard["text"])[0] <= 2
+
+
+def test_pitch_leaves_the_speed():
+    voice = "kokoro-jf_alpha"                             # Piper rounds each phoneme up
+    level = synthesize.Delivery(voice, SENTENCES[1], 1.0, 1.0, "clean", "")
+    higher = synthesize.Delivery(voice, SENTENCES[1], 1.0, 2 ** (2 / 12), "clean", "")
+    one, two = synthesize.speak([level, higher])
+    assert len(two) / len(one) == pytest.approx(1, abs=0.03)
+
+    def centre(wave):
+        power = torch.fft.rfft(wave).abs() ** 2
+        return float((power * torch.arange(len(power))).sum() / power.sum() / len(wave))
+    assert centre(two) > 1.05 * centre(one)
+
+
+# ------------------------------------------------------------------------------------------ the data it wrote
+def test_the_data_set(work):
+    config = json.loads((work / "data" / "config.json").read_text())["config"]
+    texts, known = {}, set(synthesize.voice_names(config["voices"]))
+    for split in common.SPLITS:
+        items, groups = common.read_items(work, split), {}
+        for item in items:
+            groups.setdefault(item["group"], []).append(item)
+        assert sum(groups.values(), []) == items          # those of a group are neighbours
+        wanted = synthesize.parse_counts(config[split])
+        for task, count in wanted.items():
+            assert sum(own[0]["task"] == task for own in groups.values()) <= count
+        for group, own in groups.items():
+            check_group_of_data(work, split, group, own, config["voices_per_item"])
+            texts.setdefault(common.normalise(own[0]["text"]), set()).add(split)
+            if split != "test":
+                assert {item["voice"] for item in own} <= known
+    assert all(len(splits) == 1 for splits in texts.values())
+    card = (work / "data" / "card.md").read_text()
+    assert "| first filter failed |" in card and "groups whose transcripts agree" in card
+
+
+def check_group_of_data(work, split, group, own, voices_per_item):
+    count = 1 if own[0]["task"] == "sqa" else voices_per_item
+    assert len(own) == count == len({item["voice"] for item in own})
+    assert len({(item["text"], item["prompt"], item["response"]) for item in own}) == 1
+    for s, item in enumerate(own):
+        assert item["id"] == f"{group}-{s}" and item["split"] == split
+        assert item["reference"] == [item["response"]]
+        assert item["prompt"] == common.REQUESTS[item["task"]].format(language=item["language"])
+        wave, rate = soundfile.read(work / "data" / item["audio"])
+        assert rate == common.RATE and len(wave) / rate == pytest.approx(item["seconds"], abs=1e-3)
+        assert np.abs(wave).max() == pytest.approx(0.9, abs=1e-3) and item["wer"] <= 0.5
+        assert item["task"] != "sqa" or len(item["response"].split()) <= 5
+        assert split != "test" or item["condition"] == "clean"
+        common.parse_condition(item["condition"])
+
+
+def test_counts_are_read():
+    counts = synthesize.parse_counts("instruct=24,sqa=8")
+    assert counts == {"instruct": 24, "sqa": 8} and counts["s2tt"] == 0
+    for text in ("instruct", "poems=3", "sqa=-1", ""):
+        with pytest.raises(common.UserError, match="TASK=NUMBER"):
+            synthesize.parse_counts(text)
