@@ -1,726 +1,824 @@
-"""Stage 4: every system on the same held-out items, clean, in unheard voices, and under acoustic conditions.
+"""Stage 4: the paper's tables. Every system answers the same held-out speech, clean and under noise.
 
-[paper] instruction following, spoken question answering and speech-to-text translation, against distillation.
-[ours] the protocol:
-- Systems: `text` (LoRA off, gold words: the teacher where the two LLMs are one), `cascade` (Whisper's transcript, same
-  LLM), `sft`, `sft+`, `kd`, `opd`, `rba`, `rba+opd`: those that DIR holds; any other NAME.pt likewise.
-- `sqa`: an answer is right when the reference stands in it as a run of words after Whisper's English normaliser;
-  the same in its first 16 words, exact match and token F1 beside it. `instruct`: sentence chrF to y_T, cosine to y_T under an
-  encoder that is no reward (`similarity`) and under the reward's (`semantic`), the teacher's mean log-likelihood of the answer
-  given the gold words, and the win rate against `sft` by it (ties one half). `s2tt`: corpus BLEU and chrF (sacrebleu; against the
-  teacher's translation, so agreement, not quality). WER of Whisper's transcript: covariate.
-- 95 % percentile bootstrap over items; differences to `sft` paired. A star where the interval of the difference excludes 0. † a
-  metric the system was trained on: never the headline. NAME, NAME-s1, NAME-s2 are one system's training seeds: one row, the mean
-  over them with their range; resamples draw seeds as well as items. A second table sets every system against every other.
-- Gap recovered = (system - sft) / (text - sft), only where the interval of text - sft excludes 0.
+Systems: `text` the teacher on the true words x ([paper] Ref; on our items y_ref), `base` the student before
+training ([ours] of the assembled student that is Whisper's transcript, read by its LLM), `cascade` that same
+reading beside a published SpeechLM, and what was trained, DIR/NAME.pt. A system has one checkpoint or more:
+NAME-s1.pt, NAME-s2.pt are further training seeds of NAME.
 
-Reads DIR/data/test_all.jsonl (before the WER bound) and DIR/*.pt. Writes DIR/answers/*.jsonl, results.json,
-results.md, results.png.
+1. [paper] Instruction following: win rate (WR) and length-controlled win rate (LC) by GPT-4o, against base,
+   text, sft. [ours] --judge: an LLM by URL, asked in both orders, or a reward model; else the answer closer
+   to y_ref wins. Spoken-Alpaca, the paper's set out of domain, goes in by --data as a JSONL.
+2. [paper] Spoken question answering: accuracy. [ours] An answer is right that holds a reference's words as
+   one run, after Whisper's normalisation: the paper does not give its rule.
+3. [paper] Translation: corpus BLEU; [ours] chrF beside it.
+4. [paper] Consistency: mean cosine of the answers to one instruction in its voices, by
+   paraphrase-mpnet-base-v2; [ours] by WordLlama, which is no reward either, beside the cosine of answers to
+   different instructions: who says one thing is consistent.
+5. [ours] Agreement with y_ref, unheard voices, planned contrasts with Holm's correction.
 
-    python 04_evaluate.py                      every system in DIR
-    python 04_evaluate.py --ask question.wav   every system's answer to one recording
-    python 04_evaluate.py --draw FILE.json     table and plot of a results.json again
+Each number has a 95 % bootstrap interval over instructions (all voices of one together). A *score* here is an
+array (1 + R,): the number, then that of each of R resamples. All systems share the resamples, so the score of
+a difference is the difference of scores, that of a mean over seeds their mean.
+
+Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.md, results.png.
+
+    python 04_evaluate.py                              every system in DIR
+    torchrun --nproc-per-node 8 04_evaluate.py         the same, systems shared among 8 GPUs
+    python 04_evaluate.py --data llama_questions:PATH  a public set as published -> results-NAME.json
+    python 04_evaluate.py --ask question.wav           every system's answer to one recording
+    python 04_evaluate.py --draw results.json          tables and figure of a results.json again
 """
-import contextlib
-import hashlib
-import itertools
+import csv
+import functools
 import json
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import common                                             # first: it says in one line what is missing
-from common import TASKS, UNTRAINED, UserError
+from common import UserError
 
 import numpy as np
 import sacrebleu
 import torch
 from tqdm import tqdm
+from whisper.tokenizer import LANGUAGES                   # {"de": "german"}
 
-FLAGS = {"systems": dict(help="comma-separated; default: all that DIR holds"),
-         "conditions": dict(help="comma-separated acoustic conditions, clean first, e.g. clean,noise:5,reverb:0.6,speed:1.5; all: three "
-                                 "severities of each of the seven kinds"),
-         "data": dict(metavar="FILE|KIND:PATH", help="items to use instead of DIR/data/test_all.jsonl: FILE.jsonl with id, audio, task, "
-                      f"instruction, reference, another split of 01's, or a public set, KIND one of {', '.join(common.READERS)} (README)"),
-         "draw": dict(metavar="FILE", help="a results.json: write its table and plot beside it"),
-         "judge": dict(metavar="URL|MODEL", help="who compares instruct answers with sft's: an OpenAI-compatible URL (http://HOST:PORT/v1, "
-                                                "or …/v1#MODEL), or a reward model"),
-         "ask": dict(metavar="FILE", help="one recording (wav, flac, ogg, mp3; any rate): print every system's answer")}
-CHECKPOINTS = ("sft", "sft+", "kd", "opd", "rba", "rba+opd")   # and, if asked for by name, `init`: no training at all
-UNHEARD = ", unheard voices"
-NAMES = {"wins": "% wins against sft by log π_T", "LC wins": "the same at equal lengths (not AlpacaEval's official number)",
-         "judged": "% preferred to sft by the judge", "LC judged": "the same at equal lengths (not AlpacaEval's official number)", "WER": "WER of Whisper"}
-SOON = "accuracy in 16 words"                             # containment favours who says more
-PRIMARY = {"sqa": "accuracy", "instruct": "chrF"}         # rewarded nowhere
-SHOWN = (*PRIMARY.items(), ("s2tt", "BLEU"))              # in the figures
-SEVERITIES = {"noise": (10, 5, 0), "babble": (10, 5, 0), "reverb": (0.3, 0.6, 1.0), "speed": (1.25, 1.5, 1.75),
-              "band": (2833, 1666, 500), "loss": (5, 10, 20), "disfluency": (1, 2, 4)}
-TRAINED_BY = {("instruct", "semantic"): {"semantic"}, ("sqa", "F1"): {"task"}, ("s2tt", "chrF"): {"task"},
-              **{("instruct", metric): {"logp", "token"} for metric in ("log π_T", "wins", "LC wins")},
-              **{("instruct", metric): {"judge"} for metric in ("judged", "LC judged")}}
+FLAGS = {
+    "systems": dict(help="comma-separated; default: all that DIR holds"),
+    "conditions": dict(help="comma-separated, e.g. clean,babble:8,reverb:0.6; the second leads contrasts"),
+    "data": dict(metavar="FILE|KIND:PATH", help="JSONL (id, audio, task, instruction, reference), or a KIND: "
+                 "llama_questions, openaudiobench, voicebench, covost2, mustc, fleurs"),
+    "judge": dict(metavar="URL|MODEL", help="an LLM at http://HOST:PORT/v1[#MODEL], or a reward model"),
+    "ask": dict(metavar="FILE", help="one recording: print every system's answer"),
+    "draw": dict(metavar="FILE", help="a results.json: write its tables and figure beside it")}
+UNTRAINED = ("text", "base", "cascade")
+ORDER = (*UNTRAINED, "sft", "sft+", "kd", "rba-single", "rba-group")   # other names follow
+OPPONENTS = ("base", "text", "sft")                       # [paper] Base, Ref, SFT
+CONTRASTS = (("rba-single", "sft+"), ("rba-group", "sft+"), ("rba-group", "rba-single"))   # planned
+RESAMPLES = 10_000
 
 
-# ------------------------------------------------------------------------------------------------------ metrics
-def is_contained(reference, answer):
-    """The reference's words stand in the answer as one contiguous run: "Ca" does not match "because"."""
-    wanted, said = (common.normalise(text).split() for text in (reference, answer))
-    return bool(wanted) and any(said[i:i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
+class Column(NamedTuple):
+    """What a number of the tables is."""
+    task: str
+    metric: str
+    against: str = ""                                     # the other system of a win rate or a difference
+    voices: str = "all"                                   # or "unheard": those that training never had
+
+    def __str__(self):
+        return f"{self.task} {self.metric}" + (f" against {self.against}" if self.against else "")
 
 
-def tokenizer(item):
-    """sacrebleu's tokenizer for the language of an item's reference."""
-    return {"Chinese": "zh", "Japanese": "char"}.get(item.get("language"), "13a")
+ACCURACY, SIMILARITY = Column("sqa", "accuracy"), Column("instruct", "similarity")
+COSINES = ("similarity", "consistency", "consistency, heard differently", "different instructions")   # 0 to 1
+MAIN = (ACCURACY, SIMILARITY, Column("s2tt", "BLEU"))     # of the figure
+TABLES = {
+    "Win rate, %": [Column("instruct", "WR", other) for other in OPPONENTS],
+    "Length-controlled win rate, %": [Column("instruct", "LC", other) for other in OPPONENTS],
+    "Spoken question answering, %": [ACCURACY, *(Column("sqa", "accuracy", other) for other in OPPONENTS)],
+    "Translation": [Column("s2tt", "BLEU"), Column("s2tt", "chrF")],
+    "Consistency over voices": [
+        Column("instruct", "consistency"), Column("instruct", "consistency, heard differently"),
+        Column("instruct", "different instructions"), ACCURACY],
+    "Agreement with y_ref": [SIMILARITY, Column("instruct", "chrF"), Column("instruct", "words")],
+    "Unheard voices": [ACCURACY._replace(voices="unheard"), SIMILARITY._replace(voices="unheard")]}
 
 
-def corpus_statistics(metric, answers, references):
-    """sacrebleu's sufficient statistics, a row per item: their sums over items give the corpus score."""
-    most = max(map(len, references))                      # sacrebleu wants as many of every item: the first again changes no score
-    columns = [list(column) for column in zip(*([*own, *own[:1] * (most - len(own))] for own in references))]
-    return np.array(metric._extract_corpus_statistics(answers, columns), float)
+# ---------------------------------------------------------------------------------- public sets, as published
+TSV = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+QUESTIONS = {                                             # table: recording, question, answer, between answers
+    "llama_questions_300.tsv": ("Wav Filename", "Questions", "Answer", None),
+    "llama_questions.csv": ("audio_filename", "Questions", "Answer", None),
+    "web_questions.csv": ("audio_filename", "question", "answers", ";"),
+    "trivia_qa.csv": ("audio_filename", "question", "answer_normalized_aliases", ","),
+    "alpaca_eval.csv": ("audio_filename", "instruction", "output", None)}
 
 
-def bleu(sums, _):
-    """sacrebleu's corpus BLEU of its summed statistics (..., 10), for many resamples at once: smoothing "exp"."""
-    length, wanted, correct, total = np.split(np.asarray(sums, float), [1, 2, 6], -1)
-    halvings = 2.0 ** np.cumsum(correct == 0, -1)         # each order without a match counts half of the one before
-    precision = np.where(correct > 0, correct, 1 / halvings) / np.maximum(total, 1)        # (..., 4)
-    brevity = np.exp(np.minimum(0, 1 - wanted / np.maximum(length, 1)))[..., 0]
-    return np.where((correct.sum(-1) > 0) & (total.min(-1) > 0), 100 * brevity * np.exp(np.log(precision).mean(-1)), 0.0)
+def table_rows(path, **dialect):
+    """Rows of a CSV or TSV file with a header, an empty cell as ""."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file, **dialect):
+            yield {name: (cell or "").strip() for name, cell in row.items()}
 
 
-def chrf(sums, _):
-    """sacrebleu's corpus chrF (beta 2) of its summed statistics (..., 18), for many resamples at once."""
-    said, wanted, match = np.moveaxis(np.reshape(sums, (*np.shape(sums)[:-1], 6, 3)), -1, 0)   # (..., 6) each
-    used = (said > 0) & (wanted > 0)
-    precision, recall = (np.where(used, match / np.maximum(of, 1), 0.0).sum(-1) / np.maximum(used.sum(-1), 1) for of in (said, wanted))
-    return 100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-16)
+def question_table(path):
+    """DIR of google-research-datasets/LLAMA1-Test-Set, recordings beside its table; or of OpenAudioBench,
+    eval_datas/SUBSET, recordings in audios/."""
+    [table] = [path / name for name in QUESTIONS if (path / name).is_file()]
+    recording, question, answer, between = QUESTIONS[table.name]
+    google = table.suffix == ".tsv"
+    for row in table_rows(table, **TSV if google else {}):
+        references = row[answer].split(between) if between else [row[answer]]
+        yield dict(audio=row[recording] if google else f"audios/{row[recording]}", text=row[question],
+                   reference=references, task="instruct" if table.stem == "alpaca_eval" else "sqa")
 
 
-def signature(metric):
-    metric.corpus_score(["."], [["."]])                   # sacrebleu knows it after a first score
-    return metric.get_signature()
+def voicebench(path):
+    """JSONL of audio, prompt and, unless a judge is to compare, reference (one or a list)."""
+    for row in common.read_jsonl(path):
+        references = row.get("reference") or []
+        if references in ("A", "B", "C", "D"):            # "a" stands in nearly every answer
+            raise ValueError("a letter is the reference: multiple choice is not scored here")
+        yield dict(audio=row["audio"], text=row["prompt"], reference=references,
+                   task="sqa" if references else "instruct")
 
 
-def mean(sums, n):
-    return sums[..., 0] / n
+def covost2(path):
+    """covost_v2.SRC_TGT.SPLIT.tsv; the recordings of Common Voice in clips/ beside it."""
+    language = path.name.split(".")[1].split("_")[1].partition("-")[0]
+    for row in table_rows(path, escapechar="\\", **TSV):
+        yield dict(audio=f"clips/{row['path']}", text=row["sentence"], reference=row["translation"],
+                   language=language)
 
 
-@torch.inference_mode()
-def teacher_scores(model, teacher, items, answers):
-    """Mean log pi_T of each `instruct` answer's tokens given the gold words (None elsewhere): a judge that is no default
-    reward of `rba`."""
-    scores, judged = [None] * len(items), [i for i, item in enumerate(items) if teacher and item["task"] == "instruct"]
-    with common.autocast(model.llm):
-        for at in range(0, len(judged), 16):
-            chosen = judged[at:at + 16]
-            ids = [model.answer_ids(answers[i][0]) for i in chosen]
-            flat = common.token_log_probs(*teacher.answer_states([items[i] for i in chosen], ids))
-            for i, part in zip(chosen, flat.split([len(y) for y in ids])):
-                scores[i] = float(part.mean())
-    return scores
+def mustc(path):
+    """DIR/en-TGT/data/SPLIT: txt/SPLIT.yaml (segments), line by line with txt/SPLIT.en, .TGT."""
+    import yaml
+    target, sides = path.parents[1].name.partition("-")[2], []
+    segments = yaml.safe_load((path / "txt" / f"{path.name}.yaml").read_text(encoding="utf-8"))
+    for language in ("en", target):                       # no splitlines: text may hold line separators
+        text = (path / "txt" / f"{path.name}.{language}").read_text(encoding="utf-8")
+        sides.append(text.rstrip("\n").split("\n"))
+    for segment, text, translation in zip(segments, *sides, strict=True):
+        yield dict(audio=f"wav/{segment['wav']}", offset=float(segment["offset"]), language=target,
+                   duration=float(segment["duration"]), text=text, reference=translation)
 
 
-class WordLlama:
-    """An encoder that is no reward: the mean of static token vectors, which were distilled from the input embeddings of large LLMs
-    (github.com/dleemiller/WordLlama, 256 values)."""
-
-    def __init__(self):
-        from safetensors.torch import load_file
-        from transformers import PreTrainedTokenizerFast
-        with common.loading("wordllama", "sentence embedder") as path:
-            self.table = load_file(f"{path}/model.safetensors")["embedding.weight"].float()    # (32000, 256)
-            self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{path}/tokenizer.json")
-
-    def __call__(self, texts):
-        """list of N strings -> (N, 256) float32, rows of length 1 (0 for a text without tokens)."""
-        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return torch.nn.functional.normalize(torch.stack([self.table[row].sum(0) for row in ids]), dim=-1)
+def fleurs(path):
+    """DIR/SRC/SPLIT.tsv:TGT, no header; joined with DIR/TGT/SPLIT.tsv by id, which several speakers share."""
+    source, _, target = str(path).rpartition(":")
+    source, translations = Path(source), {}
+    columns = ("id", "file", "raw", "text", "characters", "samples", "gender")
+    for row in table_rows(source.parents[1] / target / source.name, fieldnames=columns, **TSV):
+        translations[row["id"]] = row["raw"]
+    for row in table_rows(source, fieldnames=columns, **TSV):
+        yield dict(audio=f"audio/{source.stem}/{row['file']}", text=row["raw"],
+                   reference=translations.get(row["id"], ""), language=target.partition("_")[0])
 
 
-def remembered(encode):
-    """The same encoder, which encodes a text once: references are every system's, and some items stand in two tables."""
-    held = {}
-
-    def rows(texts):
-        new = [text for text in dict.fromkeys(texts) if text not in held]
-        held.update(zip(new, encode(new) if new else ()))
-        return torch.stack([held[text] for text in texts])
-    return rows
+def own_items(path):
+    """JSONL of id, audio, task, instruction, reference (one or a list), language; or a split of 01's."""
+    for row in common.read_jsonl(path):
+        yield row | dict(text=row.get("text") or row["instruction"])
 
 
-QUESTION = ("Which of two answers to a spoken request is better: more helpful, more correct, more to the point? Reply with the letter A or B "
-            "alone.\n\nRequest: {text}\n\nAnswer A: {a}\n\nAnswer B: {b}")
+READERS = {"llama_questions": question_table, "openaudiobench": question_table, "voicebench": voicebench,
+           "covost2": covost2, "mustc": mustc, "fleurs": fleurs}
 
 
-class ServedJudge(common.Served):
-    """An LLM behind an OpenAI-compatible URL, asked in both orders."""
-
-    def prefers(self, item, first, second):
-        """1 where `first` is better, 0 where `second` is, 0.5 where the reply names neither."""
-        question = QUESTION.format(text=item["text"] + (f"\n{item['prompt']}" if item["prompt"] else ""), a=first, b=second)
-        said = str(self.call("chat/completions", lambda reply: reply["choices"][0]["message"]["content"], model=self.model,
-                             messages=[dict(role="user", content=question)], temperature=0, max_tokens=8))
-        letter = (re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is\b)", said)   # it begins with its choice, or ends with it
-                  or re.search(r"\b([AB])\W*$", said))
-        return {"A": 1.0, "B": 0.0}[letter[1]] if letter else 0.5
-
-    def __call__(self, items, answers, others):
-        """-> N preferences for `answers`: the mean of both orders."""
-        with ThreadPoolExecutor(8) as pool:
-            turns = [pool.map(self.prefers, items, *pair) for pair in ((answers, others), (others, answers))]
-            return [(a + 1 - b) / 2 for a, b in zip(*turns)]
+def complete(item, number, language):
+    """Give a public set's item, the number-th, the fields of ours."""
+    item.setdefault("id", str(number))
+    item.setdefault("group", item["id"])                  # one voice
+    item.setdefault("task", "s2tt" if "language" in item else "sqa")
+    code = item.get("language", language).replace("cmn", "zh")             # FLEURS' Mandarin
+    item["language"] = LANGUAGES.get(code, code).title()
+    item.setdefault("prompt", common.REQUESTS[item["task"]].format(language=item["language"]))
+    references = item["reference"] if isinstance(item["reference"], list) else [item["reference"]]
+    texts = [str(text).strip() for text in references]
+    item["reference"] = [text for text in texts if common.has_words(text)] or texts[:1]
 
 
-class RewardJudge:
-    """A reward model: the higher reward wins, equal ones are half a win each."""
+def read_set(spec, language):
+    """--data: FILE or KIND:PATH -> name, folder of the audio, items with every field.
 
-    def __init__(self, name, device):
-        self.name, self.rewards = name, common.RewardModel(name, device)
-
-    def __call__(self, items, answers, others):
-        return [(1 + np.sign(a - b)) / 2 for a, b in zip(self.rewards(items, answers), self.rewards(items, others))]
-
-
-def compare_answers(judge, path, items, key, answers, others):
-    """The judge's preferences for `answers` over `others` on the `instruct` items (None elsewhere), kept line by line in `path`."""
-    out = [None] * len(items)
-    if path.exists():                                     # what is of other answers, or a kill cut, goes
-        fields = dict(at=int, key=str, prefers=float)
-        held = [row for row in common.read_jsonl(path, lambda row: common.check_fields(row, fields), "04_evaluate.py", torn=True) if row["key"] == key]
-        common.write_jsonl(path, held)
-        for row in held:
-            out[row["at"]] = row["prefers"]
-    missing = [i for i, item in enumerate(items) if item["task"] == "instruct" and out[i] is None]
-    for at in tqdm(range(0, len(missing), 16), desc=f"judge {path.stem}", unit="batch", leave=False):
-        chosen = missing[at:at + 16]
-        for i, value in zip(chosen, judge(*([rows[i] for i in chosen] for rows in (items, answers, others)))):
-            out[i] = value
-            common.append_jsonl(path, dict(at=i, key=key, prefers=value))
-    return out
-
-
-def measure(items, answers, heard, scores, encoders, preferences=None):
-    """{(task, metric): (statistics (N, C) per item, aggregate)} of one system's answers [(text, tokens, ended)].
-    encoders: {metric: list of N strings -> (N, d) rows of length 1}."""
-    out = {}
-    for task in TASKS:
-        chosen = [i for i, item in enumerate(items) if item["task"] == task]
-        if not chosen:
-            continue
-        said, gold = [answers[i][0] for i in chosen], [items[i]["reference"] for i in chosen]
-        if task == "sqa":
-            pairs = list(zip(gold, said))
-            per_item = {"accuracy": [100 * any(is_contained(r, a) for r in refs) for refs, a in pairs],
-                        SOON: [100 * any(is_contained(r, " ".join(a.split()[:16])) for r in refs) for refs, a in pairs],
-                        "exact match": [100 * any(common.has_words(r) and common.normalise(r) == common.normalise(a) for r in refs)
-                                        for refs, a in pairs],
-                        "F1": [100 * max(common.token_f1(a, r) for r in refs) for refs, a in pairs]}
-        elif task == "instruct":
-            per_item = {"chrF": [sacrebleu.sentence_chrf(a, refs).score for refs, a in zip(gold, said)]} if all(gold) else {}
-            for name, encode in encoders.items() if all(gold) else ():   # without references a judge alone compares
-                both = encode([*said, *(refs[0] for refs in gold)])
-                per_item[name] = (100 * (both[:len(said)] * both[len(said):]).sum(-1)).tolist()
-            if scores[chosen[0]] is not None:
-                per_item["log π_T"] = [scores[i] for i in chosen]
-            if preferences:
-                per_item["judged"] = [100 * preferences[i] for i in chosen]
-        else:
-            per_item = {}
-            for name, metric, score in (("BLEU", sacrebleu.BLEU(tokenize=tokenizer(items[chosen[0]])), bleu), ("chrF", sacrebleu.CHRF(), chrf)):
-                out[task, name] = corpus_statistics(metric, said, gold), score
-        per_item["tokens"] = [answers[i][1] for i in chosen]
-        for name, values in per_item.items():
-            out[task, name] = np.array(values, float)[:, None], mean
-        if heard:
-            edits = [common.word_errors(items[i]["text"], heard[i]) for i in chosen]
-            out[task, "WER"] = np.array(edits, float), lambda sums, n: 100 * sums[..., 0] / sums[..., 1]
-    return out
-
-
-def length_controlled(wins, own, base, counts=None, prior=-1.6, weight=1.0):
-    """Win rate in % at equal lengths: logistic regression of the preference on [1, tanh((len_base - len_own) / std)] with a weak Gaussian
-    prior on the length coefficient, as official fits have -1.5 to -2.1; then the length term is left out. After AlpacaEval 2 (arXiv
-    2404.04475), which adds instruction difficulty and gamed baselines: not the official number.
-
-    wins (N,) in 0 to 1, lengths own and base (N,); counts (R, N) how often each resample holds each item -> (R,).
+    An item that can't be used says why under "unusable" and counts as wrong: the denominator never shrinks.
     """
-    counts = np.ones((1, len(wins))) if counts is None else counts
-    gap = np.asarray(base, float) - own
-    x = np.tanh(gap / gap.std()) if gap.std() > 0 else np.zeros(len(gap))                  # (N,)
-    theta, phi = np.zeros(len(counts)), np.full(len(counts), prior)                        # (R,)
-    for _ in range(25):                                   # Newton's method, for all resamples at once
-        p = 1 / (1 + np.exp(-(theta[:, None] + phi[:, None] * x)))                         # (R, N)
-        rest, curve = counts * (wins - p), counts * p * (1 - p)
-        g0, g1 = rest.sum(1) - 0.01 * theta, rest @ x - weight * (phi - prior)             # 0.01: where all are won
-        h00, h01, h11 = curve.sum(1) + 0.01, curve @ x, curve @ x ** 2 + weight
-        det = h00 * h11 - h01 ** 2
-        step0, step1 = (h11 * g0 - h01 * g1) / det, (h00 * g1 - h01 * g0) / det
-        theta, phi = theta + np.clip(step0, -2, 2), phi + np.clip(step1, -2, 2)
-        if max(np.abs(step0).max(), np.abs(step1).max()) < 1e-8:
-            break
-    return 100 / (1 + np.exp(-theta))
+    kind, _, path = spec.partition(":")
+    kind, path = (kind, Path(path)) if kind in READERS else ("", Path(spec))
+    folder = (path if path.is_dir() else path.parent).resolve()
+    try:
+        items = list(READERS.get(kind, own_items)(path))
+        for number, item in enumerate(items):
+            complete(item, number, language)
+    except UserError:
+        raise
+    except Exception as error:                            # csv and yaml have errors of their own
+        raise UserError(f"--data {spec}: not as published ({type(error).__name__}: {str(error)[:100]}); give "
+                        f"FILE.jsonl or KIND:PATH, KIND one of {', '.join(READERS)}") from None
+    for item in tqdm(items, desc="read", unit="item", leave=False):
+        try:
+            common.item_wave(folder, item)
+            if item["reference"] and not common.has_words(item["reference"][0]):
+                raise UserError(f"item {item['id']}: its reference has no words")
+        except UserError as error:
+            item["unusable"] = str(error)
+            tqdm.write(f"counts as wrong: {error}")
+    if not usable(items):
+        raise UserError(f"--data {spec}: no item can be used")
+    languages = sorted({item["language"] for item in items if item["task"] == "s2tt"})
+    if len(languages) > 1:
+        raise UserError(f"--data {spec}: translations into {' and '.join(languages)}; give a file for each")
+    name = "-".join(dict.fromkeys([kind or folder.name, folder.name, path.stem, *languages]))
+    return name, folder, items
 
 
-def paired_tests(items, answers, base="sft"):
-    """sacrebleu's own paired bootstrap test of every system's translations against `base`: {system: {"BLEU": p, "chrF": p}}.
-    answers: {system: list of N strings}. Equal scores have p = 1: sacrebleu gives them its smallest."""
-    from sacrebleu.significance import PairedTest
-    chosen = [i for i, item in enumerate(items) if item["task"] == "s2tt"]
-    named = [(system, [answers[system][i] for i in chosen]) for system in sorted(answers, key=lambda system: system != base)]
-    if len(chosen) < 2 or base not in answers or len(named) < 2:
-        return {}
-    metrics = {"BLEU": sacrebleu.BLEU(tokenize=tokenizer(items[chosen[0]])), "chrF": sacrebleu.CHRF()}
-    _, found = PairedTest(named, metrics, [[items[i]["reference"][0] for i in chosen]], test_type="bs", n_samples=1000)()
-    columns = [found[name] for name in found if name != "System"]
-    return {system: {metric: float(column[at].p_value) if column[at].score != column[0].score else 1.0 for metric, column in zip(metrics, columns)}
-            for at, (system, _) in enumerate(named) if at}
+def usable(items):
+    return [item for item in items if "unusable" not in item]
 
 
-def over_seeds(runs, system):
-    """The metrics of one system's training seeds (list of what `measure` gives) -> the same of their mean: statistics side by side
-    in columns, so that all seeds are resampled with the same items. Resamples draw the seeds too, each system its own, so that an
-    interval holds the spread of the training as far as a few seeds can show it."""
-    if len(runs) == 1:
-        return runs[0]
-    out = {}
-    for key, (_, aggregate) in runs[0].items():
-        if any(key not in run for run in runs):
-            continue
-        def score(sums, n, aggregate=aggregate):
-            scores = np.stack([aggregate(part, n) for part in np.split(sums, len(runs), -1)], -1)   # (S,) or (R, S)
-            if scores.ndim == 1:
-                return scores.mean()
-            s, seeds = len(runs), np.random.default_rng(common.derive_seed("seeds", system))
-            drawn = (seeds.multinomial(s, np.full(s, 1 / s), len(scores)) / s * scores).sum(-1)
-            return scores.mean(-1) + (drawn - scores.mean(-1)) * (s / (s - 1)) ** 0.5      # s of s drawn vary by (s - 1) / s of what s seeds do
-        out[key] = np.concatenate([run[key][0] for run in runs], 1), score
-    return out
+# ---------------------------------------------------------------------------------------------------- answers
+def choose_checkpoints(args):
+    """Names of the checkpoints to evaluate, in the tables' order; UserError for one that is not in DIR."""
+    trained = [path.stem for path in args.work.glob("*.pt") if "." not in path.stem]
+    chosen = args.systems.split(",") if args.systems else [*UNTRAINED, *trained]
+    for name in set(chosen) - {*UNTRAINED, *trained}:
+        raise UserError(f"--systems {name}: no {args.work / name}.pt; there are {', '.join(sorted(trained))}")
+    return sorted(set(chosen), key=lambda name: ((*ORDER, system_of(name)).index(system_of(name)), name))
 
 
-def trained_on(history, judge_rewarded):
-    """What a checkpoint's stages were trained on: rewards by name, `token` for log π_T, `judge` where its reward model now judges."""
-    names = {name for past in history for name in past.get("rewards", {})}
-    names |= {"token" for past in history if past.get("token_reward") or past.get("objective") == "kd"}
-    return sorted(names | ({"judge"} if judge_rewarded and "rm" in names else set()))
+def system_of(checkpoint):
+    """"sft-s1", a training seed -> "sft", its system."""
+    return re.sub(r"-s\d+$", "", checkpoint)
 
 
-# ------------------------------------------------------------------------------------------------------ systems
-def load_system(model, system, work):
-    """Put a system's weights into the model; `text`, `cascade` and `init` are the untrained one."""
-    return model.load(work / f"{system}.pt" if system not in UNTRAINED else "none")
+def field(rows, name):
+    return [row[name] for row in rows]
 
 
-def answer_all(model, system, items, heard, max_new, batch_size=64):
-    """Greedy answers of a loaded system, batched by prompt length: list of (answer, tokens, ended) in the items' order.
-    `heard`: what Whisper made of the speech."""
-    as_text, tokenizer = system in ("text", "cascade"), model.tokenizer
-    requests = [item["prompt"] for item in items]
-    around = {p: sum(map(len, common.chat_parts(tokenizer, p)[:2])) for p in set(requests)}
-    texts = [row["text"] for row in (items if system == "text" else heard)]
-    lengths = [around[p] + len(tokenizer(text, add_special_tokens=False).input_ids) for p, text in zip(requests, texts)]
-    answers = [None] * len(items)
-    with torch.inference_mode(), tqdm(total=len(items), desc=f"answer {system}", unit="item", leave=False) as bar, (
-            model.as_text_llm() if as_text else contextlib.nullcontext(model.llm)) as llm:
-        for chosen in common.by_length(lengths, batch_size):
-            asked = [requests[i] for i in chosen]
-            prompts = (common.text_prompts(tokenizer, llm, [texts[i] for i in chosen], asked) if as_text else
-                       model.speech_prompts([heard[i] for i in chosen], asked))
-            with common.autocast(model.llm):
-                replies = common.sample(llm, prompts, model.end_id, max_new)
-            for i, [(ids, ended)] in zip(chosen, replies):
-                answers[i] = (tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), ended)
-            bar.update(len(chosen))
+def of_task(rows, task):
+    return [row for row in rows if row["task"] == task]
+
+
+def read_by_llm(tokenizer, llm, end_id, texts, prompts, max_new):
+    """Greedy answers of a text LLM to words x and requests p: N strings."""
+    answers, embedded = [None] * len(texts), common.text_prompts(tokenizer, llm, texts, prompts)
+    for chosen in common.by_length(list(map(len, embedded)), 64):
+        replies = common.sample(llm, [embedded[i] for i in chosen], end_id, max_new)
+        for i, [(ids, _)] in zip(chosen, replies):
+            answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return answers
 
 
-def available(args):
-    """Systems to run, in the tables' order; UserError for one that has no checkpoint."""
-    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation
-        print(f"{args.work} holds no checkpoint: the shipped ones (preset small, README) answer")
-        args.work = Path(__file__).resolve().with_name("assets")
-    held = ["text", "cascade"] + [name for name in CHECKPOINTS if (args.work / f"{name}.pt").exists()]
-    held += sorted(p.stem for p in args.work.glob("*.pt") if p.stem not in held and "." not in p.stem)
-    chosen = [*dict.fromkeys(args.systems.split(","))] if args.systems else held
-    missing = [name for name in chosen if name not in UNTRAINED and not (args.work / f"{name}.pt").exists()]
-    if missing:
-        raise UserError(f"--systems {missing[0]}: no {args.work / missing[0]}.pt; there are {', '.join(held)}")
-    if args.ask and ({"data", "conditions"} & args.given.keys() or chosen == ["text"]):
-        raise UserError("--ask answers one recording: without --data and --conditions, and not by text alone, which hears nothing")
-    if args.systems or len(held) > 2:
-        return chosen
-    raise UserError(f"{args.work}: no checkpoint yet; run 02_sft_warmup.py first (same --work)")
+def answer(model, checkpoint, items, heard, args):
+    """Greedy answers to N items, whose speech Whisper and the SpeechLM `heard`: N strings."""
+    prompts = field(items, "prompt")
+    if checkpoint == "text" and "response" in items[0]:   # y_ref, as 01 wrote it
+        return field(items, "response")
+    if checkpoint == "text":
+        tokenizer, llm = common.load_llm(args.teacher, model.device)
+        end_id = common.chat_parts(tokenizer)[2]
+        return read_by_llm(tokenizer, llm, end_id, field(items, "text"), prompts, args.max_new)
+    if checkpoint == "cascade":
+        with model.as_text_llm() as llm:
+            texts = field(heard, "text")
+            return read_by_llm(model.tokenizer, llm, model.end_id, texts, prompts, args.max_new)
+    model.load(args.work / f"{checkpoint}.pt" if checkpoint != "base" else "none")
+    return [reply.text for reply in model.answer(heard, prompts, args.max_new)]
 
 
-def ask(args, systems):
-    """Every system's answer to one recording."""
-    wave = common.read_audio(args.ask)
-    model = common.load_speechlm(vars(args))
-    heard = model.listen([wave])
-    print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {heard[0]['text']}")
-    for system in systems:
-        if system != "text":                              # nobody typed the words
-            load_system(model, system, args.work)
-            [(answer, _, ended)] = answer_all(model, system, [dict(prompt="")], heard, args.max_new)
-            print(f"{system:>8} | {answer}{'' if ended else ' …'}")
+def answer_key(checkpoint, items, heard, args):
+    """Digest of all that the answers depend on."""
+    weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
+    parts = [items, args.student, args.teacher, args.max_new, common.fingerprint(weights)]
+    for row in heard:
+        parts.append([row["text"], float(row["states"].double().sum())])
+    return common.digest(parts)
 
 
-# ------------------------------------------------------------------------------------------------------- report
-def minus(own, theirs):
-    """A system's (statistics (N, C), aggregate) minus another's -> the same of the difference, columns side by side: paired over items."""
-    c = own[0].shape[1]
-    return np.concatenate([own[0], theirs[0]], 1), lambda sums, n: own[1](sums[..., :c], n) - theirs[1](sums[..., c:], n)
+def write_answers(model, path, checkpoint, items, heard, args):
+    """One checkpoint's answers under one condition, unless they stand in `path`."""
+    key = answer_key(checkpoint, items, heard, args)
+    if path.exists() and common.read_jsonl(path)[0]["key"] == key:
+        return
+    answers = answer(model, checkpoint, usable(items), heard, args)
+    by_id, lines = dict(zip(field(usable(items), "id"), answers)), []
+    for item in items:                                    # to what can't be heard the answer is empty
+        lines.append(dict(id=item["id"], answer=by_id.get(item["id"], ""), key=key))
+    common.write_jsonl(path, lines)
 
 
-def excludes_zero(statistics, low, high):
-    """Of one item there is no interval."""
-    return len(statistics) > 1 and bool(low > 0 or high < 0)
-
-
-def compare(measured, base="sft", seed=0):
-    """{condition: {system: [a seed's statistics, ...]}} -> rows: value, interval, paired difference to `base`, gap recovered."""
-    rows = []
-    for condition, systems in measured.items():
-        systems, judged = {system: [dict(run) for run in runs] for system, runs in systems.items()}, ("instruct", "log π_T")
-        against = [run[judged][0] for run in systems.get(base, []) if judged in run]       # of base's seeds, (N, 1) each
-        for system, run in ((system, run) for system, runs in systems.items() for run in runs):
-            if system != base and judged in run and against:   # win rate by this judge over the seeds of base, ties one half
-                run["instruct", "wins"] = np.mean([50 * (1 + np.sign(run[judged][0] - other)) for other in against], 0), mean
-        one = {system: dict(over_seeds(runs, system)) for system, runs in systems.items()}
-        for system, metrics in one.items():
-            for (task, metric), (statistics, aggregate) in metrics.items():
-                value, low, high = common.bootstrap(statistics, aggregate, seed=seed)
-                row = dict(condition=condition, system=system, task=task, metric=metric, n=len(statistics), value=value,
-                           low=low, high=high)
-                if len(systems[system]) > 1 and (task, metric) in systems[system][0]:
-                    seeds = [run[task, metric] for run in systems[system]]
-                    row["seeds"] = [float(score(own.sum(0), len(own))) for own, score in seeds]
-                other = one.get(base, {}).get((task, metric))
-                if other is not None and system != base:
-                    columns, difference = minus((statistics, aggregate), other)
-                    d = common.bootstrap(columns, difference, seed=seed)
-                    row |= dict(difference=d[0], difference_low=d[1], difference_high=d[2], separable=excludes_zero(statistics, *d[1:]))
-                    text = one.get("text", {}).get((task, metric))
-                    if PRIMARY.get(task) == metric and system != "text" and text is not None:
-                        (gaps, gap), z = minus(text, other), columns.shape[1]
-                        if len(statistics) > 1 and common.bootstrap(gaps, gap, seed=seed)[1] > 0:
-                            def recovered(s, n, gap=gap, difference=difference, z=z):
-                                return difference(s[..., :z], n) / gap(s[..., z:], n)
-                            g = common.bootstrap(np.concatenate([columns, gaps], 1), recovered, seed=seed)
-                            row |= dict(gap_recovered=g[0], gap_recovered_low=g[1], gap_recovered_high=g[2])
-                rows.append(row)
-                if metric in ("wins", "judged"):          # once more with length taken out
-                    wins, lengths = statistics.mean(1) / 100, [own[task, "tokens"][0].mean(1) for own in (metrics, one[base])]
-                    low, high = np.percentile(length_controlled(wins, *lengths, common.draws(len(wins), 2000, seed)), [2.5, 97.5])
-                    rows.append(dict(condition=condition, system=system, task=task, metric=f"LC {metric}", n=len(wins), low=float(low),
-                                     high=float(high), value=float(length_controlled(wins, *lengths)[0])))
+def read_answers(path, items, heard):
+    """Rows: an item, the answer to it, how many words that has, and what Whisper heard."""
+    rows, transcripts = [], dict(zip(field(usable(items), "id"), field(heard, "text")))
+    for item, line in zip(items, common.read_jsonl(path)):
+        row = item | dict(answer=line["answer"], words=len(line["answer"].split()))
+        row["transcript"] = transcripts.get(item["id"], "")
+        rows.append(row)
     return rows
 
 
-def between(measured, seed=0):
-    """The primary metrics of every system but `text` against every other: rows of condition, metric, system, base, difference, low, high."""
-    rows = []
-    for condition, systems in measured.items():
-        one = {system: over_seeds(runs, system) for system, runs in systems.items() if system != "text"}
-        for key in PRIMARY.items():
-            for (a, own), (b, theirs) in itertools.permutations([(system, metrics[key]) for system, metrics in one.items() if key in metrics], 2):
-                d = common.bootstrap(*minus(own, theirs), seed=seed)
-                rows.append(dict(condition=condition, metric=" ".join(key), system=a, base=b, difference=d[0], low=d[1], high=d[2],
-                                 separable=excludes_zero(own[0], *d[1:])))
-    return rows
+def answer_all(model, checkpoints, folder, items, heard, args):
+    """Every checkpoint under every condition, shared among processes -> {condition: {checkpoint: rows}}.
+
+    heard: {condition: what was heard of the usable items}; folder: DIR/answers/NAME.
+    """
+    paths, by_condition = {}, {}
+    for condition in heard:
+        for checkpoint in checkpoints:
+            name = f"{checkpoint}.{condition.replace(':', '-')}.jsonl"
+            paths[condition, checkpoint] = folder / name
+    bar = tqdm(paths.items(), desc="answer", disable=common.rank() > 0)
+    for number, ((condition, checkpoint), path) in enumerate(bar):
+        if number % common.world() == common.rank():
+            write_answers(model, path, checkpoint, items, heard[condition], args)
+    common.barrier()
+    for (condition, checkpoint), path in paths.items():
+        rows = read_answers(path, items, heard[condition])
+        by_condition.setdefault(condition, {})[checkpoint] = rows
+    return by_condition
 
 
-def between_table(rows, lines):
-    """What `between` gives as a table for each condition, appended to `lines`; the intervals are in results.json."""
-    for condition in dict.fromkeys(row["condition"] for row in rows):
-        found = {(r["system"], r["base"], r["metric"]): r for r in rows if r["condition"] == condition}
-        systems, metrics = (list(dict.fromkeys(key[at] for key in found)) for at in (0, 2))
-        lines += [f"\n### {condition}: row minus column, {' / '.join(metrics)}\n", f"| | {' | '.join(systems)} |", "|---" * (len(systems) + 1) + "|"]
-        for a in systems:
-            pairs = [[found.get((a, b, metric)) for metric in metrics] for b in systems]
-            cells = [" / ".join(f"{r['difference']:+.1f}{'*' * r['separable']}" if r else "–" for r in pair) for pair in pairs]
-            lines.append(f"| {a} | {' | '.join('' if a == b else shown for b, shown in zip(systems, cells))} |")
+# ------------------------------------------------------------------------------ bootstrap over instructions
+@functools.lru_cache(4)
+def resample_counts(n):
+    """(1 + R, n): how often each of n instructions counts: once in the first row, then as drawn."""
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return np.vstack([np.ones(n), drawn])
 
 
-def cell(row, dagger):
+def by_group(statistics, groups):
+    """(N, C) of utterances, their groups -> sums over each group (G, C), sizes (G, 1); by name."""
+    _, index = np.unique(groups, return_inverse=True)
+    sums = np.zeros((index.max() + 1, statistics.shape[1]))
+    np.add.at(sums, index, statistics)
+    return sums, np.bincount(index)[:, None]
+
+
+def group_means(values, groups):
+    """(N,) -> (G,): an instruction's mean over its utterances."""
+    sums, sizes = by_group(np.asarray(values, float)[:, None], groups)
+    return (sums / sizes)[:, 0]
+
+
+def mean_score(means):
+    """(G,) of instructions -> score of their mean."""
+    return resample_counts(len(means)) @ means / len(means)
+
+
+def resampled_sums(statistics, groups):
+    """(N, C) of utterances -> sums over each resample (1 + R, C), all voices of an instruction together."""
+    sums, _ = by_group(np.asarray(statistics, float), groups)
+    return resample_counts(len(sums)) @ sums
+
+
+def p_value(score):
+    """Two-sided bootstrap p of a difference: how easily resampling takes it across 0."""
+    tail = min((score[1:] <= 0).sum(), (score[1:] >= 0).sum()) + 1
+    return min(1.0, 2 * float(tail) / len(score))
+
+
+def holm(p):
+    """Holm's correction of m p-values: the k-th smallest times m - k + 1, never falling; in p's order."""
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
+    return np.minimum(corrected, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+def is_contained(reference, answer):
+    """The reference's words stand in the answer as one run, normalised: "Ca" does not match "because"."""
+    wanted, said = common.normalise(reference).split(), common.normalise(answer).split()
+    starts = range(len(said) - len(wanted) + 1)
+    return bool(wanted) and any(said[at:at + len(wanted)] == wanted for at in starts)
+
+
+def length_controlled(wins, lengths, other_lengths, counts, prior=(0.0, -1.6), weight=(0.01, 1.0)):
+    """Win rate in % at equal lengths, after AlpacaEval 2 (arXiv 2404.04475); not its official number [ours].
+
+    Logistic regression of the preference on [1, tanh((len_other - len) / std)]; then the length term is left
+    out. A Gaussian prior holds its coefficient near official fits (-1.5 to -2.1): few items tell little.
+    wins (N,) 0 to 1, lengths in words (N,) of both, counts (R, N) of each resample -> (R,).
+    """
+    gap = other_lengths - lengths
+    x = np.tanh(gap / gap.std()) if gap.std() > 1e-9 else np.zeros(len(gap))
+    design = np.stack([np.ones(len(x)), x], 1)                                             # (N, 2)
+    products = (design[:, :, None] * design[:, None]).reshape(-1, 4)                       # (N, 4)
+    prior, weight = np.array(prior), np.array(weight)
+    theta = np.tile(prior, (len(counts), 1))                                               # (R, 2)
+    for _ in range(25):                                   # Newton's method, for all resamples at once
+        p = 1 / (1 + np.exp(-theta @ design.T))                                            # (R, N)
+        gradient = (counts * (wins - p)) @ design - weight * (theta - prior)               # (R, 2)
+        curvature = ((counts * p * (1 - p)) @ products).reshape(-1, 2, 2) + np.diag(weight)
+        step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0]
+        theta += np.clip(step, -2, 2)
+        if np.abs(step).max() < 1e-8:
+            break
+    return 100 / (1 + np.exp(-theta[:, 0]))
+
+
+def consistency(vectors, groups):
+    """Unit rows (N, d) of answers, at least two a group -> mean cosine of each group's pairs (G,), and the
+    score of the mean cosine of answers to different instructions."""
+    sums, sizes = by_group(vectors, groups)                                                # (G, d), (G, 1)
+    squares, _ = by_group((vectors ** 2).sum(1, keepdims=True), groups)                    # (G, 1)
+    same = ((sums ** 2).sum(1, keepdims=True) - squares) / (sizes * (sizes - 1))           # i != j
+    means = sums / sizes
+    different = 1 - np.eye(len(sums))                                                      # (G, G)
+    counts = resample_counts(len(sums))                                                    # (1 + R, G)
+    pairs = ((counts @ different) * counts).sum(1)
+    cosines = ((counts @ (means @ means.T * different)) * counts).sum(1)
+    return same[:, 0], cosines / np.maximum(pairs, 1)
+
+
+def embed_answers(by_condition):
+    """{text: (256,) of length 1} of every answer and first reference to an instruction: the mean of static
+    token vectors (github.com/dleemiller/WordLlama), an encoder that is no reward."""
+    from safetensors.torch import load_file
+    from transformers import PreTrainedTokenizerFast
+    with common.loading("wordllama", "sentence embedder") as path:
+        table = load_file(f"{path}/model.safetensors")["embedding.weight"].double()        # (32000, 256)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{path}/tokenizer.json")
+    vectors = {}
+    for answers in by_condition.values():
+        for row in of_task(sum(answers.values(), []), "instruct"):
+            for text in (row["answer"], *row["reference"][:1]):
+                ids = tokenizer(text, add_special_tokens=False).input_ids
+                vectors[text] = torch.nn.functional.normalize(table[ids].sum(0), dim=0).numpy()
+    return vectors
+
+
+def cosines(vectors, rows):
+    """(N,) of each answer to its item's first reference. vectors: {text: unit row}."""
+    return np.array([vectors[row["answer"]] @ vectors[row["reference"][0]] for row in rows])
+
+
+def measure_sqa(rows, groups, _):
+    right = []
+    for row in rows:
+        right.append(any(is_contained(reference, row["answer"]) for reference in row["reference"]))
+    return {"accuracy": mean_score(100 * group_means(right, groups))}
+
+
+def measure_s2tt(rows, groups, _):
+    scores, references = {}, [row["reference"][0] for row in rows]
+    bleu = sacrebleu.BLEU(tokenize=common.bleu_tokenizer(rows[0]["language"]))             # on raw text
+    for name, metric in (("BLEU", bleu), ("chrF", sacrebleu.CHRF())):
+        statistics = metric._extract_corpus_statistics(field(rows, "answer"), [references])   # (N, C)
+        sums = resampled_sums(statistics, groups).tolist()                                  # (1 + R, C)
+        scores[name] = np.array([metric._compute_score_from_stats(row).score for row in sums])
+    return scores
+
+
+def measure_instruct(rows, groups, vectors):
+    scores = {"words": mean_score(group_means(field(rows, "words"), groups))}
+    if all(field(rows, "reference")):                     # without references a judge alone compares
+        values = [sacrebleu.sentence_chrf(row["answer"], row["reference"]).score for row in rows]
+        scores["chrF"] = mean_score(group_means(values, groups))
+        scores["similarity"] = mean_score(group_means(cosines(vectors, rows), groups))
+    if min(Counter(groups).values()) > 1:                 # several voices
+        answers = np.stack([vectors[row["answer"]] for row in rows])
+        same, scores["different instructions"] = consistency(answers, groups)
+        scores["consistency"], transcripts = mean_score(same), {}
+        for row in rows:
+            transcripts.setdefault(row["group"], set()).add(common.normalise(row["transcript"]))
+        unlike = same[[len(transcripts[group]) > 1 for group in sorted(transcripts)]]
+        if len(unlike):
+            scores["consistency, heard differently"] = mean_score(unlike)
+    return scores
+
+
+def measure(rows, vectors, voices="all"):
+    """One checkpoint's rows -> {Column: score} of all that needs no other system."""
+    scores = {}
+    for task, function in (("instruct", measure_instruct), ("sqa", measure_sqa), ("s2tt", measure_s2tt)):
+        chosen = of_task(rows, task)
+        if chosen:
+            for metric, score in function(chosen, field(chosen, "group"), vectors).items():
+                scores[Column(task, metric, voices=voices)] = score
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------- judges
+# A judge compares two checkpoints' rows (an item with its answer) -> N preferences, 0 to 1, for the first.
+QUESTION = ("Which of two answers to a spoken request is better: more helpful, more correct, more to the "
+            "point? Reply with the letter A or B alone.\n\nRequest: {x}\n\nAnswer A: {a}\n\nAnswer B: {b}")
+
+
+def read_verdict(said):
+    """A judge's reply -> 1 where it begins or ends with A, 0 with B, 0.5 with neither."""
+    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is\b)", said)
+    letter = begins or re.search(r"\b([AB])\W*$", said)
+    return float(letter[1] == "A") if letter else 0.5
+
+
+class ServedJudge(common.Served):
+    """An LLM behind an OpenAI-compatible URL, asked in both orders; it reads the true words x."""
+
+    def prefers(self, row, first, second):
+        x = f"{row['text']}\n{row['prompt']}".strip()
+        question = QUESTION.format(x=x, a=first["answer"], b=second["answer"])
+        said = self.call("chat/completions", lambda reply: str(reply["choices"][0]["message"]["content"]),
+                         model=self.model, messages=[dict(role="user", content=question)], temperature=0,
+                         max_tokens=8)
+        return read_verdict(said)
+
+    def __call__(self, rows, others):
+        with ThreadPoolExecutor(8) as pool:
+            forth = pool.map(self.prefers, rows, rows, others)
+            back = pool.map(self.prefers, rows, others, rows)
+            return [(a + 1 - b) / 2 for a, b in zip(forth, back)]
+
+
+class RewardJudge(common.RewardModel):
+    """A reward model: the higher reward wins, equal ones are half a win each."""
+
+    def __call__(self, rows, others):
+        rewards = super().__call__(rows, field(rows, "answer"))
+        margins = np.subtract(rewards, super().__call__(others, field(others, "answer")))
+        return ((1 + np.sign(margins)) / 2).tolist()
+
+
+class KeptJudge:
+    """A judge whose verdicts are lines of a file: two answers are judged once, a kill loses one batch."""
+
+    def __init__(self, name, judge, path):
+        self.name, self.judge, self.path, self.verdicts = name, judge, path, {}
+        if path.exists():
+            lines = common.read_jsonl(path, torn=True)
+            common.write_jsonl(path, lines)               # without what a kill cut
+            self.verdicts = dict(zip(field(lines, "key"), field(lines, "prefers")))
+
+    def __call__(self, rows, others):
+        keys, pairs = [], list(zip(rows, others))
+        for at in tqdm(range(0, len(pairs), 16), desc="judge", unit="x16", leave=False):
+            new = {}                                      # {key: a pair that was never judged}
+            for row, other in pairs[at:at + 16]:
+                said = row["answer"], other["answer"]
+                keys.append(common.digest([self.name, QUESTION, row["text"], row["prompt"], said]))
+                if said[0] == said[1]:
+                    self.verdicts[keys[-1]] = 0.5         # nobody need be asked
+                elif keys[-1] not in self.verdicts:
+                    new[keys[-1]] = row, other
+            if new:
+                self.verdicts |= zip(new, self.judge(*zip(*new.values())))
+                common.append_jsonl(self.path, [dict(key=key, prefers=self.verdicts[key]) for key in new])
+        return [self.verdicts[key] for key in keys]
+
+
+def closer(rows, others, vectors):
+    """[ours] Without --judge the answer with the higher cosine to y_ref is preferred, ties one half: (N,)."""
+    margins = cosines(vectors, rows) - cosines(vectors, others)
+    return (1 + np.sign(np.where(np.abs(margins) < 1e-6, 0, margins))) / 2
+
+
+def win_rates(rows, others, judge, vectors):
+    """Scores in % of instruct rows against another checkpoint's: {"WR", "LC" (of R / 10 resamples)}."""
+    groups = field(rows, "group")
+    prefers = judge(rows, others) if judge else closer(rows, others, vectors)
+    wins = group_means(prefers, groups)
+    lengths = group_means(field(rows, "words"), groups)
+    other_lengths = group_means(field(others, "words"), groups)
+    counts = resample_counts(len(wins))[:1 + RESAMPLES // 10]
+    return {"WR": mean_score(100 * wins), "LC": length_controlled(wins, lengths, other_lengths, counts)}
+
+
+# ------------------------------------------------------------------------------------ numbers of the tables
+@dataclass
+class Condition:
+    """What every checkpoint answered under one condition, and all that comparing them needs."""
+    answers: dict                                         # {checkpoint: its rows}
+    systems: dict                                         # {system: its checkpoints, one a training seed}
+    judge: object                                         # or None: the closer answer to y_ref wins
+    vectors: dict                                         # {text: unit row}
+    train_voices: set                                     # empty where the set names no voices
+
+    def __post_init__(self):
+        self.alone = {}                                   # {checkpoint: {Column: score}}
+        for checkpoint, rows in self.answers.items():
+            scores = measure(rows, self.vectors)
+            if self.train_voices:
+                unheard = [row for row in rows if row["voice"] not in self.train_voices]
+                scores |= measure(unheard, self.vectors, "unheard")
+            self.alone[checkpoint] = scores
+
+    def compare(self, checkpoint, system):
+        """Win rates and accuracy's difference against a system, in the mean of its seeds: {Column: score}."""
+        totals, rows = {}, of_task(self.answers[checkpoint], "instruct")
+        for other in self.systems[system]:
+            scores = {}
+            if ACCURACY in self.alone[other]:
+                scores["sqa", "accuracy"] = self.alone[checkpoint][ACCURACY] - self.alone[other][ACCURACY]
+            y_ref = "text" in (checkpoint, other) and "response" in self.answers[other][0]
+            can_be_closer = not y_ref and all(field(rows, "reference"))    # y_ref is closest to itself
+            if rows and (self.judge or can_be_closer):
+                others = of_task(self.answers[other], "instruct")
+                for rate, score in win_rates(rows, others, self.judge, self.vectors).items():
+                    scores["instruct", rate] = score
+            for key, score in scores.items():
+                column = Column(*key, against=system)
+                totals[column] = totals.get(column, 0) + score / len(self.systems[system])
+        return totals
+
+    def numbers(self):
+        """Rows of the tables and of the planned contrasts."""
+        numbers = word_error_rates(next(iter(self.answers.values())))
+        for system, checkpoints in self.systems.items():
+            seeds = []
+            for checkpoint in checkpoints:
+                scores = dict(self.alone[checkpoint])
+                for other in self.systems:
+                    if other != system and other in OPPONENTS or (system, other) in CONTRASTS:
+                        scores |= self.compare(checkpoint, other)
+                seeds.append(scores)
+            for column in seeds[0]:
+                numbers.append(number(system, column, [scores[column] for scores in seeds]))
+        return numbers
+
+
+def number(system, column, scores):
+    """A row of results.json from the scores of a system's seeds: their mean, its interval, every seed's, p of
+    no difference from the other system."""
+    mean, seeds = np.mean(scores, 0), [float(score[0]) for score in scores]
+    low, high = np.percentile(mean[1:], [2.5, 97.5])
+    even = 0 if column.metric == "accuracy" else 50       # a win rate of 50 % is no difference
+    return column._asdict() | dict(system=system, value=float(mean[0]), low=float(low), high=float(high),
+                                   seeds=seeds if len(seeds) > 1 else [],
+                                   p=p_value(mean - even) if column.against else None,
+                                   planned=(system, column.against) in CONTRASTS and column.metric != "LC")
+
+
+def word_error_rates(rows):
+    """Whisper's WER in %, by task: a covariate."""
+    numbers = []
+    for task in dict.fromkeys(field(rows, "task")):
+        chosen = of_task(rows, task)
+        errors = [common.word_errors(row["text"], row["transcript"]) for row in chosen]    # (edits, words)
+        edits, words = resampled_sums(errors, field(chosen, "group")).T
+        numbers.append(number("Whisper", Column(task, "WER"), [100 * edits / words]))
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------------- report
+def cell(row):
+    """value [low, high] (seeds)"""
     if row is None:
         return "–"
-    seeds = row.get("seeds", [0])
-    spread = f" ({len(seeds)} seeds {min(seeds):.1f} to {max(seeds):.1f})" if max(seeds) > min(seeds) else ""
-    return f"{row['value']:.1f}{'*' * row.get('separable', False)}{'†' if dagger else ''} [{row['low']:.1f}, {row['high']:.1f}]{spread}"
+    digits = 3 if row["metric"] in COSINES else 1
+    numbers = row["value"], row["low"], row["high"], *row["seeds"]
+    value, low, high, *seeds = [f"{number:.{digits}f}" for number in numbers]
+    return f"{value} [{low}, {high}]" + (f" ({', '.join(seeds)})" if seeds else "")
 
 
-def table(rows, trained, lines):
-    """Markdown tables of the first four conditions by task, appended to `lines`; {system: what it was trained on} gives the daggers."""
-    conditions = list(dict.fromkeys(row["condition"] for row in rows))
-    for condition in [c for c in conditions if not c.endswith(UNHEARD)][:4] + [c for c in conditions if c.endswith(UNHEARD)]:
-        found = {(r["system"], r["task"], r["metric"]): r for r in rows if r["condition"] == condition}
-        systems = list(dict.fromkeys(system for system, _, _ in found))
-        for task in (t for t in TASKS if any(t == own for _, own, _ in found)):
-            metrics = list(dict.fromkeys(m for _, t, m in found if t == task and m != "tokens"))
-            count = next(r["n"] for (_, t, _), r in found.items() if t == task)
-            lines += [f"\n### {condition}: {task} ({count} items)\n",
-                      f"| system | {' | '.join(NAMES.get(m, m) for m in metrics)} | tokens |", "|---" * (len(metrics) + 2) + "|"]
-            for system in systems:
-                cells = [cell(found.get((system, task, m)), TRAINED_BY.get((task, m), set()) & set(trained.get(system, ())))
-                         for m in metrics]
-                lines.append(f"| {system} | {' | '.join(cells)} | {found[system, task, 'tokens']['value']:.0f} |")
-        lines += ["\n| difference to sft | " + " | ".join(f"{t} {m}" for t, m in PRIMARY.items()) + " | gap recovered |", "|---|---|---|---|"]
-        for system in systems:
-            own = [found.get((system, t, m), {}) for t, m in PRIMARY.items()]
-            if not any("difference" in r for r in own):
-                continue
-            cells = [f"{r['difference']:+.1f}{'*' * r['separable']} [{r['difference_low']:+.1f}, {r['difference_high']:+.1f}]"
-                     if "difference" in r else "–" for r in own]
-            gaps = [f"{r['task']} {r['gap_recovered']:+.2f} [{r['gap_recovered_low']:+.2f}, {r['gap_recovered_high']:+.2f}]"
-                    for r in own if "gap_recovered" in r]
-            lines.append(f"| {system} | " + " | ".join(cells) + f" | {', '.join(gaps) or '–'} |")
+def markdown(title, head, lines):
+    """A table with a title; lines: a name and cells each."""
+    lines = [head, ["---"] * len(head), *lines]
+    return f"\n### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def robustness_table(rows, lines):
-    """Each primary metric by condition, with its change against clean speech and Whisper's WER beside it, appended to `lines`."""
-    found = {(r["condition"], r["system"], r["task"], r["metric"]): r for r in rows if not r["condition"].endswith(UNHEARD)}
-    conditions, systems = (list(dict.fromkeys(key[at] for key in found)) for at in (0, 1))
-    if len(conditions) < 3:
-        return
-    for task, metric in SHOWN:
-        own = [system for system in systems if ("clean", system, task, metric) in found]
-        if not own:
+def column_of(row):
+    return Column(row["task"], row["metric"], row["against"], row["voices"])
+
+
+def condition_tables(results, condition):
+    """All tables of one condition: list of Markdown."""
+    found, out = {}, [f"\n## {condition}"]
+    for row in results["rows"]:
+        if row["condition"] == condition:
+            found[row["system"], column_of(row)] = row
+            if row["metric"] == "WER":
+                out.append(f"\nWhisper's WER, {row['task']}: {cell(row)} %.")
+    present, shown = {column for _, column in found}, set()
+    for title, columns in TABLES.items():
+        columns = [column for column in columns if column in present]
+        if shown.issuperset(columns):                     # nothing that another table has not
             continue
-        lines += [f"\n### {task} {metric} by condition, and its change against clean speech in %\n",
-                  f"| condition | WER of Whisper | {' | '.join(own)} |", "|---" * (len(own) + 2) + "|"]
-        for condition in conditions:
-            wer = next((r["value"] for (c, _, t, m), r in found.items() if (c, t, m) == (condition, task, "WER")), None)
-            cells = []
-            for system in own:
-                row, clean = found[condition, system, task, metric], found["clean", system, task, metric]["value"]
-                change = f" ({100 * (row['value'] - clean) / clean:+.0f} %)" if condition != "clean" and clean else ""
-                cells.append(f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]{change}")
-            lines.append(f"| {condition} | {'–' if wer is None else f'{wer:.1f}'} | {' | '.join(cells)} |")
+        shown.update(columns)
+        lines = []
+        for system in results["systems"]:
+            lines.append([system, *(cell(found.get((system, column))) for column in columns)])
+        out.append(markdown(title, ["", *map(str, columns)], lines))
+    return out
 
 
-def plot_robustness(rows, path):
-    """Small multiples: a column per kind of condition, a row per primary metric, a line with its interval band per system."""
-    kinds = [k for k in SEVERITIES if any(row["condition"].startswith(k + ":") for row in rows)]
-    if "clean" not in {row["condition"] for row in rows} or not kinds:
-        return
-    pyplot = common.pyplot()
-    found = {(r["condition"], r["system"], r["task"], r["metric"]): r for r in rows}
-    systems = list(dict.fromkeys(row["system"] for row in rows if row["system"] != "text"))
-    panels = [(t, m) for t, m in SHOWN if any(("clean", system, t, m) in found for system in systems)]
-    if not panels:
-        return
-    figure, axes = pyplot.subplots(len(panels), len(kinds), figsize=(2.4 * len(kinds) + 1, 2.5 * len(panels) + 0.6), squeeze=False, sharey="row")
-    for line, (task, metric) in zip(axes, panels):
-        for axis, kind in zip(line, kinds):
-            own = ["clean", *dict.fromkeys(row["condition"] for row in rows if re.fullmatch(kind + r":[\d.-]+", row["condition"]))]
-            for at, system in enumerate(systems):
-                points = [found[condition, system, task, metric] for condition in own]
-                style = dict(color=str(0.7 * at / max(1, len(systems) - 1)), ls=("-", "--", ":", "-.")[at % 4], marker="osv^Dx*"[at % 7], ms=4)
-                axis.plot(range(len(own)), [p["value"] for p in points], label=system, **style)
-                axis.fill_between(range(len(own)), [p["low"] for p in points], [p["high"] for p in points], color=style["color"], alpha=0.08, lw=0)
-            axis.set_xticks(range(len(own)), ["clean", *(c.partition(":")[2] for c in own[1:])])
-            axis.set_title(f"{kind} ({common.CONDITIONS[kind][3].lower()})", fontsize=9)
-        line[0].set_ylabel(f"{task}: {metric}")
-    axes[0][0].legend(fontsize=6)
+def contrast_table(results):
+    """The planned contrasts under every condition; Holm's p is of those under the leading one."""
+    lines = []
+    for condition in results["conditions"]:
+        rows = [row for row in results["rows"] if row["condition"] == condition and row["planned"]]
+        for row, corrected in zip(rows, holm(field(rows, "p"))):
+            ps = [f"{row['p']:.4f}", "–"]
+            if condition == results["leading"]:
+                ps[1] = f"{corrected:.4f}" + ("\\*" if corrected < 0.05 else "")
+            lines.append([row["system"], condition, str(column_of(row)), cell(row), *ps])
+    head = ["", "condition", "metric", "", "p", "p, Holm"]
+    return [markdown("Planned contrasts", head, lines)] if lines else []
+
+
+def plot(results, path):
+    """The main metrics of every system with their intervals, a marker for each condition; seeds as points."""
+    pyplot, systems = common.pyplot(), results["systems"]
+    figure, axes = pyplot.subplots(1, len(MAIN), figsize=(4.4 * len(MAIN), 3.6))
+    for row in results["rows"]:
+        if column_of(row) in MAIN:
+            axis = axes[MAIN.index(column_of(row))]
+            k = results["conditions"].index(row["condition"])
+            x = systems.index(row["system"]) + 0.12 * k
+            spread = np.maximum([[row["value"] - row["low"]], [row["high"] - row["value"]]], 0)
+            label = row["condition"] if row["system"] == systems[0] else None
+            axis.errorbar(x, row["value"], spread, fmt="osv^Dx*"[k % 7], color=f"C{k}", label=label)
+            axis.scatter([x + 0.05] * len(row["seeds"]), row["seeds"], s=5, color=f"C{k}")
+            axis.set_title(str(column_of(row)))
+            axis.set_xticks(range(len(systems)), systems, rotation=35, ha="right")
+            axis.legend(fontsize=7)
     figure.tight_layout()
     common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
 
 
-def plot(rows, path):
-    """Primary metrics with their intervals, a panel per task, at most four conditions side by side; legible in black and white."""
-    pyplot = common.pyplot()
-    conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if not c.endswith(UNHEARD)][:4]
-    panels = [(t, m) for t, m in SHOWN if any((r["task"], r["metric"]) == (t, m) for r in rows)]
-    if not panels:                                        # instruct without references: a judge's table alone
-        return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-    for axis, (task, metric) in zip(axes[0], panels):
-        for at, condition in enumerate(conditions):
-            own = [r for r in rows if (r["task"], r["metric"], r["condition"]) == (task, metric, condition)]
-            width = 0.8 / len(conditions)
-            x = np.arange(len(own)) + width * (at + 0.5) - 0.4
-            values = np.array([r["value"] for r in own])
-            errors = np.abs(np.array([[r["low"], r["high"]] for r in own]).T - values)
-            axis.bar(x, values, width, yerr=errors, capsize=2, color=str(0.4 + 0.5 * at / len(conditions)), edgecolor="black", label=condition,
-                     hatch=("", "//", "..", "xx")[at % 4], error_kw=dict(lw=1))
-            axis.set_xticks(np.arange(len(own)), [r["system"] for r in own], rotation=40, ha="right")
-        axis.set(title=f"{task}: {metric}" + (" (agreement with the teacher)" if task == "s2tt" else ""), ylim=(0, None))
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle("held-out items before the WER bound, 95 % bootstrap intervals")
-    figure.tight_layout()
-    common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    pyplot.close(figure)
-
-
-def report(held, path):
-    """results.json's content -> `path`.md and .png; prints the table."""
-    counts = ", ".join(f"{n} {task}" for task, n in held["items"].items())
-    where = f"items of `{held['source']}`" if held["source"] else "held-out items before the WER bound, on speech that this run synthesized"
-    lines = [f"# Results\n\nPreset `{held['preset']}`, seed {held['seed']}; {counts} {where}; teacher `{held['teacher']}`. 95 % bootstrap "
-             "intervals over items."]
-    if held["judge"]:
-        lines.append(f"\nJudge: `{held['judge']}`, which reads the gold words and both answers.")
-    if held["broken"]:
-        lines.append(f"\n{len(held['broken'])} items can't be heard and count as wrong: {', '.join(held['broken'])}.")
-    table(held["rows"], held["rewards"], lines)
-    if held["paired"]:
-        lines.append(f"\nTranslation, {held['conditions'][0]}, p of sacrebleu's paired bootstrap test against sft (one tail): " + "; ".join(
-            f"{system} " + ", ".join(f"{metric} {p:.3f}" for metric, p in own.items()) for system, own in held["paired"].items()) + ".")
-    between_table(held.get("between", []), lines)
-    robustness_table(held["rows"], lines)
-    lines += ["\n\\* the 95 % interval of the paired difference to `sft` excludes 0. † the system was trained on this metric (reward). `text` reads the gold words, `cascade` Whisper's transcript. "
-              "References of 01's items are the teacher's own: sqa and instruct measure agreement with it (even `text`, which may share its "
-              "weights, differs where rounding parts two greedy paths), s2tt too, whatever its translations are worth. BLEU: "
-              f"`{signature(sacrebleu.BLEU(tokenize=held['tokenizer']))}`, chrF: `{signature(sacrebleu.CHRF())}`."]
+def report(results, path):
+    """results.json's content -> `path`.md and .png; prints the tables."""
+    judge = results["judge"] or "none: the closer answer to y_ref (WordLlama) wins"
+    lines = [f"# Results\n\nPreset `{results['preset']}`, teacher `{results['teacher']}`, student "
+             f"`{results['student']}`; {results['source']}: {', '.join(results['items'])}. Judge: {judge}. "
+             "95 % bootstrap intervals; in round brackets training seeds. Against another system: win rates, "
+             "of accuracy the difference. \\* Holm's p < 0.05 over the planned contrasts under "
+             f"{results['leading']}; nothing else is tested. On our items `text` is y_ref and the references "
+             "are its: agreement, not truth. rba-group was rewarded by BLEU on s2tt. LC: at equal lengths in "
+             "words, not AlpacaEval's official number."]
+    if results["unusable"]:
+        lines.append(f"\nItems that can't be used and count as wrong: {', '.join(results['unusable'])}.")
+    lines += contrast_table(results)
+    for condition in results["conditions"]:
+        lines += condition_tables(results, condition)
     common.write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
-    plot(held["rows"], path.with_suffix(".png"))
-    plot_robustness(held["rows"], path.with_name(f"{path.stem}-conditions.png"))
-    print("\n".join(lines))
-    print(f"\n{path.with_suffix('')}.md, .json, .png")
+    plot(results, path.with_suffix(".png"))
+    print("\n".join(lines), f"\n\n{path.with_suffix('')}.md, .json, .png")
+
+
+# ------------------------------------------------------------------------------------------------------ main
+def ask(args, checkpoints):
+    """Print every system's answer to one recording."""
+    wave, model = common.read_audio(args.ask), common.load_speechlm(vars(args))
+    heard = model.listen([wave])
+    print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {heard[0]['text']}")
+    for checkpoint in checkpoints:
+        if checkpoint != "text" and (checkpoint != "cascade" or model.published):   # nobody typed the words
+            [said] = answer(model, checkpoint, [dict(prompt="")], heard, args)
+            print(f"{checkpoint:>10} | {said}")
+
+
+def describe(args, items, systems, judge):
+    """results.json without its numbers: all that the report says of the run."""
+    counts = []
+    for task in dict.fromkeys(field(items, "task")):
+        chosen = of_task(items, task)
+        counts.append(f"{task} {len(common.groups_of(chosen))} instructions in {len(chosen)} utterances")
+    conditions = list(dict.fromkeys(args.conditions.split(",")))
+    return dict(preset=args.preset, seed=args.seed, teacher=args.teacher, student=args.student, items=counts,
+                source=f"`{args.data}`" if args.data else "held-out speech of 01",
+                unusable=[item["id"] for item in items if "unusable" in item],
+                judge=judge and judge.name, conditions=conditions, leading=conditions[:2][-1],
+                systems=list(systems), rows=[]) | common.environment()
 
 
 def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
-        return draw(Path(args.draw))
-    systems, conditions = available(args), [*dict.fromkeys(args.conditions.split(","))]
-    if conditions == ["all"]:
-        conditions = ["clean", *(f"{kind}:{amount}" for kind, amounts in SEVERITIES.items() for amount in amounts)]
+        return report(json.loads(Path(args.draw).read_text()), Path(args.draw))
+    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: what is shipped
+        args.work = Path(__file__).resolve().with_name("assets")
+    checkpoints = choose_checkpoints(args)
+    if args.ask:
+        return ask(args, checkpoints)
+    conditions = args.conditions.split(",")
     for condition in conditions:
         common.parse_condition(condition)
-    if args.judge and not args.ask and "sft" not in systems:
-        raise UserError("--judge compares with sft, which is not among the systems: add it to --systems")
-    histories = {system: common.load_checkpoint(args.work / f"{system}.pt", "rba-speechlm-1").get("history", [])
-                 for system in systems if system not in UNTRAINED}     # before the models are loaded: a file may be damaged
-    if args.ask:
-        ask(args, systems)
-        return
-    for system, history in histories.items():             # seeds of one system, or two systems with like names?
-        first = next(name for name in histories if common.without_seed(name) == common.without_seed(system))
-        own, other = ({key: value for key, value in past[-1].items() if key not in ("seed", "init", "data")} if past else {}
-                      for past in (history, histories[first]))
-        differing = [key for key in own.keys() | other.keys() if own.get(key) != other.get(key)]
-        if differing:
-            raise UserError(f"{system}.pt is no other seed of {first}.pt, as {differing[0]} differs ({own.get(differing[0])}, {other.get(differing[0])}); "
-                            "rename it, or choose with --systems")
-    rank, world, device = common.setup_processes()
-    if rank == 0:
-        common.claim(args.work / "results.json")
-        judge = args.judge and (ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device))
+    device = common.setup_processes()
+    # ---- items
     if args.data:
-        source, folder, items, broken = common.read_set(args.data, args.language)
+        name, folder, items = read_set(args.data, args.language)
     else:
-        source, items, broken = args.work / "data" / "test_all.jsonl", common.read_items(args.work, "test_all"), {}
-        folder = source.parent
-    if broken and rank == 0:
-        tqdm.write(f"{len(broken)} of {len(items)} items can't be heard and count as wrong:")
-        for reason in broken.values():
-            tqdm.write(f"  {reason}")
-    languages = {item["language"] for item in items if item["task"] == "s2tt"}
-    if len(languages) > 1:
-        raise UserError(f"{source}: translations into {' and '.join(sorted(languages))}; give a file for each language")
-    inside = source.resolve().parent == (args.work / "data").resolve()
-    name = ("" if inside else f"{source.resolve().parent.name}-") + source.stem            # many sets have a file test.tsv
-    name += "".join(f"-{language}" for language in languages if ":" in (args.data or ""))  # and one file may have many targets
-    model = common.load_speechlm(vars(args), device)
-    encoders, teacher = dict(similarity=remembered(WordLlama()), semantic=remembered(common.Embedder(args.embedder, device))), None
-    try:
-        teacher = common.Teacher(model, args.teacher)
-    except UserError as error:                            # log pi_T and the wins by it are left out
-        tqdm.write(f"no log π_T: {error}")
-    if not all(common.gather([teacher is not None])):     # of all processes alike
-        teacher = None
-    data_key = common.digest(items)
-    window = args.window if inside and all(item.get("length", 0) <= args.max_seconds for item in items) else 30.0
-    measured, trained = {}, {common.without_seed(system): trained_on(history, args.judge == args.reward_model) for system, history in histories.items()}
-    sound = [i for i, item in enumerate(items) if item["id"] not in broken]
-    unheard_row = dict(text="", ids=[], states=torch.zeros(0, model.width).half())
-    heard = {}
-    for condition in conditions:
-        heard[condition] = [unheard_row] * len(items)
-        for i, row in zip(sound, common.listen_to_split(model, args.work, source, [items[i] for i in sound], condition, window, rank, world, folder)):
-            heard[condition][i] = row
-    sounds = {condition: digest_of_sounds(rows) for condition, rows in heard.items()}
-    # ---- answers: one file per system and condition, kept as long as data and checkpoint are the same
-    work = [(condition, system) for condition in conditions for system in systems
-            if not (system == "text" and condition != conditions[0])]
-    for at, (condition, system) in enumerate(tqdm(work, desc="systems", unit="system", disable=rank > 0)):
-        checkpoint = args.work / f"{system}.pt"
-        key = " ".join(map(str, (data_key, sounds[condition] if system != "text" else "", common.fingerprint(checkpoint if checkpoint.exists() else "none"), args.student,
-                                 args.teacher, bool(teacher), args.whisper, args.max_new, window, common.SYSTEM)))
-        path = answers_path(args.work, name, system, condition)
-        held = read_answers(path) if path.exists() else []
-        if at % world == rank and [row.get("key") for row in held] != [key] * len(items):
-            load_system(model, system, args.work)
-            able = range(len(items)) if system == "text" else sound
-            answers = [("", 0, False)] * len(items)
-            for i, answer in zip(able, answer_all(model, system, [items[i] for i in able], [heard[condition][i] for i in able], args.max_new)):
-                answers[i] = answer
-            scores = teacher_scores(model, teacher, items, answers)
-            common.write_jsonl(path, [dict(id=item["id"], key=key, system=system, condition=condition, answer=answer,
-                                           tokens=tokens, ended=ended, score=scores[i])
-                                      for i, (item, (answer, tokens, ended)) in enumerate(zip(items, answers))])
+        name, folder, items = "test", args.work / "data", common.read_items(args.work, "test")
+    source, answers = args.work / "sets" / f"{name}.jsonl", args.work / "answers" / name
+    if common.rank() == 0:
+        common.write_jsonl(source, items)                 # as they were read
     common.barrier()
-    if rank:
+    # ---- models
+    judge = None
+    if args.judge and common.rank() == 0:
+        judge = ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device)
+        judge = KeptJudge(getattr(judge, "name", args.judge), judge, answers / "judged.jsonl")
+    model, systems = common.load_speechlm(vars(args), device), {}
+    if not model.published and "cascade" in checkpoints:  # base is the cascade
+        checkpoints.remove("cascade")
+    if "text" in checkpoints and common.is_url(args.teacher) and "response" not in items[0]:
+        checkpoints.remove("text")                        # [ours] a served teacher answers in 01 alone
+    for checkpoint in checkpoints:
+        systems.setdefault(system_of(checkpoint), []).append(checkpoint)
+    # ---- hear and answer
+    heard, window = {}, 30.0 if args.data else args.window
+    for condition in conditions:
+        heard[condition] = common.listen_to_split(model, args.work, source, usable(items), condition, window,
+                                                  folder)
+    by_condition = answer_all(model, checkpoints, answers, items, heard, args)
+    if common.rank():
         return
-    # ---- metrics, intervals, table, plot; once more for the items in voices that train does not have
-    everything = range(len(items))
-    held = {(condition, system): read_answers(answers_path(args.work, name, system, condition)) for condition, system in work}
-    unheard = common.parse_voices(args.unheard_voices)
-    parts = {"": everything, UNHEARD: [i for i in everything if items[i].get("voice") in unheard]}
-    for condition, system in work:
-        rows, base, preferences = held[condition, system], held.get((condition, "sft")), None
-        if judge and base and common.without_seed(system) != "sft":
-            key = common.digest([judge.name, QUESTION, data_key, [[row["answer"] for row in side] for side in (rows, base)]])
-            path = answers_path(args.work, name, system, condition).with_suffix(".judged.jsonl")
-            preferences = compare_answers(judge, path, items, key, *([row["answer"] for row in side] for side in (rows, base)))
-        for part, chosen in parts.items():
-            if chosen and (not part or condition == conditions[0]):
-                measured.setdefault(condition + part, {}).setdefault(common.without_seed(system), []).append(measure(
-                    [items[i] for i in chosen], [(rows[i]["answer"], rows[i]["tokens"], rows[i]["ended"]) for i in chosen],
-                    [heard[condition][i]["text"] for i in chosen] if system != "text" else None,
-                    [rows[i]["score"] for i in chosen], encoders, [preferences[i] for i in chosen] if preferences else None))
-    said = {system: [row["answer"] for row in held[conditions[0], system]] for system in systems}
-    for condition in conditions[1:]:                      # text hears nothing: the same in every condition, but for whom it is compared with
-        if "text" in systems:
-            [text] = measured[conditions[0]]["text"]
-            measured[condition] = {"text": [{key: value for key, value in text.items() if key[1] != "judged"}]} | measured.get(condition, {})
-    path = args.work / ("results.json" if not args.data else f"results-{name}.json")
-    out = dict(preset=args.preset, seed=args.seed, teacher=args.teacher, data=data_key, items=Counter(item["task"] for item in items),
-                paired=paired_tests(items, said), source=args.data or "", broken=broken, judge=judge.name if judge else "", conditions=conditions,
-                tokenizer=next((tokenizer(item) for item in items if item["task"] == "s2tt"), "13a"),
-                rows=compare(measured, seed=args.seed), between=between({c: measured[c] for c in conditions[:4]}, args.seed), rewards=trained, history=histories) | common.environment()
-    common.write_json(path, out)
-    report(out, path)
-
-
-def draw(path):
-    """Table and plot of a results.json once more."""
-    try:
-        held = json.loads(path.read_text())
-        report(held, path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"--draw {path}: no results.json of this script ({type(error).__name__}: {str(error)[:80]}); run 04_evaluate.py "
-                        "to make one") from None
-
-
-def digest_of_sounds(rows):
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row["ids"]).encode())
-        digest.update(row["states"].contiguous().view(torch.int16).numpy())
-    return digest.hexdigest()[:16]
-
-
-def answers_path(work, name, system, condition):
-    return work / "answers" / name / f"{system}.{condition.replace(':', '-')}.jsonl"
-
-
-def read_answers(path):
-    fields = dict(id=str, key=str, answer=str, tokens=int, ended=bool)
-    return common.read_jsonl(path, lambda row: {"score": None} | common.check_fields(row, fields), "04_evaluate.py")
+    # ---- measure and report
+    vectors = embed_answers(by_condition)
+    train_voices = [] if args.data else field(common.read_items(args.work, "train"), "voice")
+    results = describe(args, items, systems, judge)
+    for condition, rows in by_condition.items():
+        for row in Condition(rows, systems, judge, vectors, set(train_voices)).numbers():
+            results["rows"].append(dict(condition=condition) | row)
+    path = args.work / (f"results-{name}.json" if args.data else "results.json")
+    common.write_json(path, results)
+    report(results, path)
 
 
 if __name__ == "__main__":
