@@ -10,7 +10,7 @@ NAME-s1.pt, NAME-s2.pt are further training seeds of NAME.
    to y_ref wins. Spoken-Alpaca, the paper's set out of domain, goes in by --data as a JSONL.
 2. [paper] Spoken question answering: accuracy. [ours] An answer is right that holds a reference's words as
    one run, after Whisper's normalisation: the paper does not give its rule.
-3. [paper] Translation: corpus BLEU; [ours] chrF beside it.
+3. [paper] Translation: corpus BLEU (sacrebleu as it is, its version in results.json); [ours] chrF beside it.
 4. [paper] Consistency: mean cosine of the answers to one instruction in its voices, by
    paraphrase-mpnet-base-v2; [ours] by WordLlama, which is no reward either, beside the cosine of answers to
    different instructions: who says one thing is consistent.
@@ -70,16 +70,21 @@ class Column(NamedTuple):
     voices: str = "all"                                   # or "unheard": those that training never had
 
     def __str__(self):
-        return f"{self.task} {self.metric}" + (f" against {self.against}" if self.against else "")
+        than = "−" if self.metric == "accuracy" else "against"
+        return f"{self.task} {self.metric}" + (f" {than} {self.against}" if self.against else "")
 
 
 ACCURACY, SIMILARITY = Column("sqa", "accuracy"), Column("instruct", "similarity")
 COSINES = ("similarity", "consistency", "consistency, heard differently", "different instructions")   # 0 to 1
 MAIN = (ACCURACY, SIMILARITY, Column("s2tt", "BLEU"))     # of the figure
 TABLES = {
-    "Win rate, %": [Column("instruct", "WR", other) for other in OPPONENTS],
-    "Length-controlled win rate, %": [Column("instruct", "LC", other) for other in OPPONENTS],
-    "Spoken question answering, %": [ACCURACY, *(Column("sqa", "accuracy", other) for other in OPPONENTS)],
+    "Win rate, %": [
+        Column("instruct", "WR", "base"), Column("instruct", "WR", "text"), Column("instruct", "WR", "sft")],
+    "Length-controlled win rate, %": [
+        Column("instruct", "LC", "base"), Column("instruct", "LC", "text"), Column("instruct", "LC", "sft")],
+    "Spoken question answering, %": [
+        ACCURACY, Column("sqa", "accuracy", "base"), Column("sqa", "accuracy", "text"),
+        Column("sqa", "accuracy", "sft")],
     "Translation": [Column("s2tt", "BLEU"), Column("s2tt", "chrF")],
     "Consistency over voices": [
         Column("instruct", "consistency"), Column("instruct", "consistency, heard differently"),
@@ -90,7 +95,7 @@ TABLES = {
 
 # ---------------------------------------------------------------------------------- public sets, as published
 TSV = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-QUESTIONS = {                                             # table: recording, question, answer, between answers
+QUESTIONS = {                                             # table: recording, question, answers, between them
     "llama_questions_300.tsv": ("Wav Filename", "Questions", "Answer", None),
     "llama_questions.csv": ("audio_filename", "Questions", "Answer", None),
     "web_questions.csv": ("audio_filename", "question", "answers", ";"),
@@ -257,9 +262,9 @@ def read_by_llm(tokenizer, llm, end_id, texts, prompts, max_new):
 def answer(model, checkpoint, items, heard, args):
     """Greedy answers to N items, whose speech Whisper and the SpeechLM `heard`: N strings."""
     prompts = field(items, "prompt")
-    if checkpoint == "text" and "response" in items[0]:   # y_ref, as 01 wrote it
-        return field(items, "response")
     if checkpoint == "text":
+        if "response" in items[0]:                        # y_ref, as 01 wrote it
+            return field(items, "response")
         tokenizer, llm = common.load_llm(args.teacher, model.device)
         end_id = common.chat_parts(tokenizer)[2]
         return read_by_llm(tokenizer, llm, end_id, field(items, "text"), prompts, args.max_new)
@@ -681,7 +686,9 @@ def condition_tables(results, condition):
         shown.update(columns)
         lines = []
         for system in results["systems"]:
-            lines.append([system, *(cell(found.get((system, column))) for column in columns)])
+            cells = [cell(found.get((system, column))) for column in columns]
+            if set(cells) != {"–"}:
+                lines.append([system, *cells])
         out.append(markdown(title, ["", *map(str, columns)], lines))
     return out
 
@@ -701,7 +708,7 @@ def contrast_table(results):
 
 
 def plot(results, path):
-    """The main metrics of every system with their intervals, a marker for each condition; seeds as points."""
+    """The main metrics of every system with their intervals, a marker for each condition; seeds as dots."""
     pyplot, systems = common.pyplot(), results["systems"]
     figure, axes = pyplot.subplots(1, len(MAIN), figsize=(4.4 * len(MAIN), 3.6))
     for row in results["rows"]:
@@ -716,6 +723,8 @@ def plot(results, path):
             axis.set_title(str(column_of(row)))
             axis.set_xticks(range(len(systems)), systems, rotation=35, ha="right")
             axis.legend(fontsize=7)
+    for axis in axes:
+        axis.set_visible(axis.has_data())
     figure.tight_layout()
     common.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
@@ -726,8 +735,8 @@ def report(results, path):
     judge = results["judge"] or "none: the closer answer to y_ref (WordLlama) wins"
     lines = [f"# Results\n\nPreset `{results['preset']}`, teacher `{results['teacher']}`, student "
              f"`{results['student']}`; {results['source']}: {', '.join(results['items'])}. Judge: {judge}. "
-             "95 % bootstrap intervals; in round brackets training seeds. Against another system: win rates, "
-             "of accuracy the difference. \\* Holm's p < 0.05 over the planned contrasts under "
+             "95 % bootstrap intervals; in round brackets training seeds. "
+             "\\* Holm's p < 0.05 over the planned contrasts under "
              f"{results['leading']}; nothing else is tested. On our items `text` is y_ref and the references "
              "are its: agreement, not truth. rba-group was rewarded by BLEU on s2tt. LC: at equal lengths in "
              "words, not AlpacaEval's official number."]

@@ -1,8 +1,7 @@
 """Speed and memory, side by side; run by hand:  pip install trl==1.16.0; python tests/benchmark.py [ROWS]
 
 ROWS: some of rollout, update, memory (default: all). SmolLM2-135M with LoRA, 8 text prompts, answers of 40
-tokens; what is timed is what the stages call. Two ways take turns: medians and their ratio. Updates change
-their process (allocator, threads): each way has some of its own.
+tokens; timed is what the stages call. Two ways take turns, updates in processes of their own: medians, ratio.
 """
 import importlib
 import json

@@ -1,11 +1,10 @@
-"""04 on public sets, each written here in its published format, and its statistics against independent references."""
+"""04 on public sets, written here as they are published; its statistics against independent references."""
 import http.server
 import itertools
 import json
 import math
 import sys
 import threading
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -25,27 +24,26 @@ def record(path, wave):
     return path.name
 
 
-# ---------------------------------------------------------------------------------------------------- public sets
+# ------------------------------------------------------------------------------------------------ public sets
 def llama_questions(folder, waves):
     """CRLF, trailing spaces, one recording missing."""
     rows = ["Questions\tAnswer\tWav Filename", f"{FRANCE} \tParis \t{record(folder / 'q1.wav', waves[0])} ",
             f"{MOON}\tNeil Armstrong\tgone.wav", ""]
     (folder / "llama_questions_300.tsv").write_bytes("\r\n".join(rows).encode())
-    return f"llama_questions:{folder}", [("sqa", FRANCE, ["Paris"])], ["gone.wav"]
+    return f"llama_questions:{folder}", [("sqa", FRANCE, ["Paris"])], ["1"]
 
 
 def trivia_qa(folder, waves):
-    """A comma, quotes and a line break in cells; answers as a Python list or in one cell, one of them without words."""
+    """A comma, quotes and a line break in cells; several answers in one, or none."""
     folder = folder / "eval_datas" / "trivia_qa"
     record(folder / "audios" / "a.wav", waves[0])
     record(folder / "audios" / "b.wav", waves[3])
     (folder / "trivia_qa.csv").write_text(
         "question,answer_normalized_aliases,answer_normalized_value,audio_filename\n"
-        f'"{FRANCE}","[\'paris\', ""paris\'s city""]",paris,a.wav\n'
-        f'"{MOON}\n","neil armstrong, armstrong",neil,b.wav\nWhat is it?,"[\'it\']",it,c.wav\nNobody?,[],,a.wav\n')
-    expected = [("sqa", FRANCE, ["paris", "paris's city", "paris"]),
-                ("sqa", MOON, ["neil armstrong", "armstrong", "neil"])]
-    return f"openaudiobench:{folder}", expected, ["c.wav", "a.wav#2"]
+        f'"{FRANCE}","paris, paris\'s city",paris,a.wav\n'
+        f'"{MOON}\n","neil armstrong, armstrong",neil,b.wav\nWhat is it?,it,it,c.wav\nNobody?,,,a.wav\n')
+    expected = [("sqa", FRANCE, ["paris", "paris's city"]), ("sqa", MOON, ["neil armstrong", "armstrong"])]
+    return f"openaudiobench:{folder}", expected, ["2", "3"]
 
 
 def subset(folder, name, wave, table):
@@ -62,21 +60,22 @@ def alpaca_eval(folder, waves):
 
 
 def web_questions(folder, waves):
-    table = (f"question,answers,audio_filename\n{FRANCE},\"['Paris', 'Paris, France']\",a.wav\n"
-             f'{FRANCE},"Paris;Paris, France",a.wav\n')
-    return subset(folder, "web_questions", waves[0], table), [("sqa", FRANCE, ["Paris", "Paris, France"])] * 2, []
+    table = f'question,answers,audio_filename\n{FRANCE},"Paris;Paris, France",a.wav\n{FRANCE},Paris,a.wav\n'
+    expected = [("sqa", FRANCE, ["Paris", "Paris, France"]), ("sqa", FRANCE, ["Paris"])]
+    return subset(folder, "web_questions", waves[0], table), expected, []
 
 
 def voicebench(folder, waves):
-    """Without a reference (for a judge), with one, with several, with a number; files that are missing or no audio."""
+    """Without a reference (for a judge), with one, with several, with a number; files missing or no audio."""
     rows = [dict(audio=record(folder / f"{i}.wav", waves[i]), prompt=SENTENCES[i]) for i in (1, 0, 3, 2)]
-    rows[1]["reference"], rows[2]["reference"], rows[3]["reference"] = "Paris", ["Neil Armstrong", "Armstrong"], 1969
+    rows[1]["reference"], rows[3]["reference"] = "Paris", 1969
+    rows[2]["reference"] = ["Neil Armstrong", "Armstrong"]
     (folder / "broken.wav").write_text("no audio")
     rows += [dict(audio="broken.wav", prompt="Hello?"), dict(audio="gone.wav", prompt="Hello?")]
     common.write_jsonl(folder / "set.jsonl", rows)
     expected = [("instruct", CHICKEN, []), ("sqa", FRANCE, ["Paris"]),
                 ("sqa", MOON, ["Neil Armstrong", "Armstrong"]), ("sqa", STORE, ["1969"])]
-    return f"voicebench:{folder / 'set.jsonl'}", expected, ["broken.wav", "gone.wav"]
+    return f"voicebench:{folder / 'set.jsonl'}", expected, ["4", "5"]
 
 
 def covost2(folder, waves):
@@ -86,11 +85,11 @@ def covost2(folder, waves):
     path = folder / "covost_v2.en_de.test.tsv"
     path.write_text('path\tsentence\ttranslation\tclient_id\n'
                     f'en_1.mp3\t"{STORE}\t"Ich gehe\\\tin den Laden.\tabc\nen_2.mp3\tGone.\tWeg.\tabc\n')
-    return f"covost2:{path}", [("s2tt", '"' + STORE, ['"Ich gehe\tin den Laden.'])], ["en_2.mp3"]
+    return f"covost2:{path}", [("s2tt", '"' + STORE, ['"Ich gehe\tin den Laden.'])], ["1"]
 
 
 def mustc(folder, waves):
-    """Segments of a long recording by offset and duration, line by line with texts that hold a line separator."""
+    """Segments of a long recording by offset and duration; texts line by line, one holds a line separator."""
     import torch
     folder = folder / "en-fr" / "data" / "tst-COMMON"
     record(folder / "wav" / "ted_1.wav", torch.cat([waves[0], torch.zeros(common.RATE), waves[2]]))
@@ -115,11 +114,12 @@ def fleurs(folder, waves):
     (folder / "cmn_hans_cn").mkdir()
     (folder / "cmn_hans_cn" / "test.tsv").write_text(row.format(5, "1.wav", '我"要去商店。'))
     spec = f"fleurs:{folder / 'en_us' / 'test.tsv'}:cmn_hans_cn"
-    return spec, [("s2tt", STORE, ['我"要去商店。'])] * 2, ["9.wav"]
+    return spec, [("s2tt", STORE, ['我"要去商店。'])] * 2, ["2"]
 
 
 def ours(folder, waves):
-    rows = [dict(id="a", audio=record(folder / "a.wav", waves[0]), task="sqa", instruction=FRANCE, reference="Paris"),
+    record(folder / "a.wav", waves[0])
+    rows = [dict(id="a", audio="a.wav", task="sqa", instruction=FRANCE, reference="Paris"),
             dict(id="b", audio="a.wav", task="instruct", text=FRANCE, reference=["Paris.", "It is Paris."]),
             dict(id="c", audio="a.wav", task="s2tt", text=FRANCE, reference="法国的首都是哪里？", language="zh")]
     common.write_jsonl(folder / "mine.jsonl", rows)
@@ -135,10 +135,11 @@ TARGETS = {covost2: {"German"}, mustc: {"French"}, fleurs: {"Chinese"}, ours: {"
 @pytest.mark.parametrize("write", SETS, ids=lambda write: write.__name__)
 def test_a_set_is_read_as_published(write, tmp_path, waves):
     spec, expected, lost = write(tmp_path, waves)
-    name, folder, items, broken = evaluate.read_set(spec, "French")
-    good = [item for item in items if item["id"] not in broken]
+    name, folder, items = evaluate.read_set(spec, "French")
+    good = evaluate.usable(items)
     assert [(item["task"], item["text"], item["reference"]) for item in good] == expected
-    assert list(broken) == lost and len({item["id"] for item in items}) == len(expected) + len(lost)
+    assert [item["id"] for item in items if "unusable" in item] == lost
+    assert len({item["id"] for item in items}) == len(expected) + len(lost)
     for item in good:                                     # the very samples: of a long recording, the segment
         wave, whole = common.item_wave(folder, item), waves[SENTENCES.index(item["text"].strip('"'))]
         assert abs(len(wave) - len(whole)) <= (2400 if item["audio"].endswith("mp3") else 2)
@@ -149,27 +150,35 @@ def test_a_set_is_read_as_published(write, tmp_path, waves):
 
 
 def test_a_split_of_ours_keeps_its_groups(tmp_path, waves):
-    rows = [dict(id=f"g-{s}", group="g", task="instruct", text=CHICKEN, prompt="", response="Roast it.", language="English",
-                 reference=["Roast it."], audio=record(tmp_path / f"{s}.wav", waves[1]), voice=f"v{s}") for s in (0, 1)]
+    rows = []
+    for s in (0, 1):
+        audio = record(tmp_path / f"{s}.wav", waves[1])
+        rows.append(dict(id=f"g-{s}", group="g", task="instruct", text=CHICKEN, prompt="", language="English",
+                         response="Roast it.", reference=["Roast it."], audio=audio, voice=f"v{s}"))
     common.write_jsonl(tmp_path / "valid.jsonl", rows)
     assert evaluate.read_set(str(tmp_path / "valid.jsonl"), "French")[2] == rows
 
 
 def test_a_set_that_is_none_is_one_line(tmp_path, waves):
     (tmp_path / "llama_questions_300.tsv").write_text("Question;Answer\n")
-    (tmp_path / "abc.jsonl").write_text(json.dumps(dict(audio="a.wav", prompt="A or B?", reference="A")) + "\n")
-    rows = [dict(id=code, audio=record(tmp_path / "a.wav", waves[0]), task="s2tt", instruction=FRANCE, reference="x y",
-                 language=code) for code in ("de", "fr")]
+    common.write_jsonl(tmp_path / "abc.jsonl", [dict(audio="a.wav", prompt="A or B?", reference="A")])
+    record(tmp_path / "a.wav", waves[0])
+    common.write_jsonl(tmp_path / "none.jsonl", [])
+    rows = []
+    for code in ("de", "fr"):
+        rows.append(dict(id=code, audio="a.wav", task="s2tt", text=FRANCE, reference="x y", language=code))
     common.write_jsonl(tmp_path / "two.jsonl", rows)
-    for spec, reason in ((f"llama_questions:{tmp_path}", "no item"), (f"mustc:{tmp_path}", "not as published"),
-                         (f"openaudiobench:{tmp_path}", "not as published"), (str(tmp_path / "x.jsonl"), "missing"),
+    for spec, reason in ((f"llama_questions:{tmp_path}", "no item"),
+                         (str(tmp_path / "none.jsonl"), "no item"),
+                         (f"mustc:{tmp_path}", "not as published"), (str(tmp_path / "x.jsonl"), "missing"),
+                         (f"openaudiobench:{tmp_path / 'x'}", "not as published"),
                          (f"voicebench:{tmp_path / 'abc.jsonl'}", "multiple choice"),
                          (str(tmp_path / "two.jsonl"), "French and German")):
         with pytest.raises(common.UserError, match=reason):
             evaluate.read_set(spec, "French")
 
 
-# ----------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture
 def run(tmp_path, model, monkeypatch):
     """04 on a set, by the untrained systems -> results.json's content and the answers of `base`."""
@@ -184,55 +193,80 @@ def run(tmp_path, model, monkeypatch):
     return go
 
 
-def numbers(held):
-    return {(row["condition"], row["system"], row["task"], row["metric"]): row for row in held["rows"]}
+def alone(results):
+    """The numbers that are against no other system and over all voices."""
+    found = {}
+    for row in results["rows"]:
+        if not row["against"] and row["voices"] == "all":
+            found[row["condition"], row["system"], row["task"], row["metric"]] = row
+    return found
 
 
 def test_what_cant_be_heard_counts_as_wrong_until_it_can(tmp_path, waves, run, capsys):
     spec, _, _ = llama_questions(tmp_path, waves)
-    held, answers = run(spec)
-    found = numbers(held)
+    results, answers = run(spec)
+    found = alone(results)
     assert found["clean", "base", "sqa", "accuracy"]["value"] == 50       # Paris, and nothing
-    assert found["clean", "Whisper", "sqa", "WER"]["value"] > 50 and held["broken"] == ["gone.wav"]
+    assert found["clean", "Whisper", "sqa", "WER"]["value"] > 50 and results["unusable"] == ["1"]
     assert "gone.wav" in capsys.readouterr().out
     assert "Paris" in answers[0]["answer"] and answers[1]["answer"] == ""
     record(tmp_path / "gone.wav", waves[3])
-    held, answers = run(spec)
-    assert not held["broken"] and "Armstrong" in answers[1]["answer"]
-    (tmp_path / "again.json").write_text(json.dumps(held))
+    results, answers = run(spec)
+    assert not results["unusable"] and "Armstrong" in answers[1]["answer"]
+    (tmp_path / "again.json").write_text(json.dumps(results))
     text = next((tmp_path / "work").glob("results-*.md")).read_text()
-    evaluate.report(json.loads((tmp_path / "again.json").read_text()), tmp_path / "again.json")           # --draw
+    evaluate.report(json.loads((tmp_path / "again.json").read_text()), tmp_path / "again.json")    # --draw
     assert (tmp_path / "again.md").read_text() == text and (tmp_path / "again.png").stat().st_size > 5000
     assert "| base |" in text and "Translation" not in text and "Consistency" not in text
+
+
+def test_answers_stay_while_their_key_does(tmp_path, waves, run, monkeypatch):
+    spec, _, _ = llama_questions(tmp_path, waves)
+    asked, answer = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *given: asked.append(given[1]) or answer(*given))
+    run(spec, systems="base")
+    run(spec, systems="base")
+    assert asked == ["base"]
+    run(spec, "--seed", "1", systems="base")              # nothing that an answer depends on
+    assert asked == ["base"]
+    [path] = (tmp_path / "work" / "answers").rglob("base.clean.jsonl")
+    lines = common.read_jsonl(path)
+    common.write_jsonl(path, [line | dict(key="of other data") for line in lines])
+    run(spec, systems="base")
+    assert asked == ["base", "base"] and common.read_jsonl(path) == lines
 
 
 def test_instructions_without_references_are_for_a_judge(tmp_path, waves, run):
     spec, _, _ = voicebench(tmp_path, waves)
     path = tmp_path / "set.jsonl"
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    held, _ = run(spec)
-    assert {row["metric"] for row in held["rows"]} == {"tokens", "WER"}
+    results, _ = run(spec)
+    assert {row["metric"] for row in results["rows"]} == {"words", "WER"}
 
 
 def test_the_tables_of_a_whole_run(work):
-    held, items = json.loads((work / "results.json").read_text()), common.read_items(work, "test")
-    found = numbers(held)
-    assert "rba-group" in held["systems"] and "cascade" not in held["systems"]
-    for condition in held["conditions"]:
+    results, items = json.loads((work / "results.json").read_text()), common.read_items(work, "test")
+    found = alone(results)
+    assert "rba-group" in results["systems"] and "cascade" not in results["systems"]
+    for condition in results["conditions"]:
         assert found[condition, "text", "sqa", "accuracy"]["value"] == 100     # y_ref is the reference
         assert found[condition, "text", "instruct", "consistency"]["value"] == pytest.approx(1)
         path = work / "answers" / "test" / f"base.{condition.replace(':', '-')}.jsonl"
         assert [line["id"] for line in common.read_jsonl(path)] == [item["id"] for item in items]
-    for row in held["rows"]:
+    for row in results["rows"]:
         assert row["low"] - 1e-9 <= row["value"] <= row["high"] + 1e-9 or row["metric"] == "BLEU"
     text = (work / "results.md").read_text()
-    assert "Planned contrasts" in text and "Unheard voices" in text and (work / "results.png").stat().st_size > 5000
+    assert "Planned contrasts" in text and "Unheard voices" in text
+    assert (work / "results.png").stat().st_size > 5000
 
 
-# --------------------------------------------------------------------------------------------------------- judges
+# ----------------------------------------------------------------------------------------------------- judges
 def rows_of(*answers, texts=(CHICKEN, STORE, MOON), groups="abc"):
-    return [dict(task="instruct", group=group, text=text, prompt="", answer=own, tokens=len(own), reference=["Neil."])
-            for own, text, group in zip(answers, texts, groups)]
+    rows = []
+    for answer, text, group in zip(answers, texts, groups):
+        rows.append(dict(task="instruct", group=group, text=text, prompt="", reference=["Neil."],
+                         answer=answer, words=len(answer.split())))
+    return rows
 
 
 OWN = rows_of("Grill it slowly, then let it rest.", "Good.", "Neil.")
@@ -274,11 +308,12 @@ def served():
 def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
     url, asked, broken = served
     path = tmp_path / "judged.jsonl"
-    path.write_text('{"key": "other", "prefers": 0.25}\n{"key": "k')       # another pair's, and what a kill cut
+    path.write_text('{"key": "other", "prefers": 0.25}\n{"key": "k')   # another pair's, and what a kill cut
     for _ in range(2):                                    # the second time nobody is asked
         judge = evaluate.KeptJudge(url, evaluate.ServedJudge(url), path)
         assert judge(OWN, OTHER) == [1.0, 0.0, 0.5]
-        assert len(asked) == 4 and {name for name, _ in asked} == {"the-longer-one"}     # equal answers: nobody either
+        assert len(asked) == 4                            # of equal answers nobody is asked either
+    assert {name for name, _ in asked} == {"the-longer-one"}
     assert [sum(f"Answer {side}: Bake." in text for _, text in asked) for side in "AB"] == [1, 1]
     assert all(f"Request: {CHICKEN}" in text or f"Request: {STORE}" in text for _, text in asked)
     assert len(common.read_jsonl(path)) == 3
@@ -286,6 +321,16 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
     broken.append(True)
     with pytest.raises(common.UserError, match="http://127.0.0.1.*run the same command again"):
         judge(rows_of("New."), OTHER)
+
+
+def test_of_two_answers_the_higher_reward_wins(monkeypatch):
+    rewards = {"Good.": 2.0, "Bake.": -1.0, "Neil.": 0.5}
+
+    def score(_, rows, answers):
+        return [rewards[answer] for answer in answers]
+    monkeypatch.setattr(common.RewardModel, "__call__", score)
+    judge = evaluate.RewardJudge.__new__(evaluate.RewardJudge)
+    assert judge(rows_of("Good.", "Bake.", "Neil."), rows_of("Bake.", "Good.", "Neil.")) == [1, 0, 0.5]
 
 
 @pytest.mark.parametrize("reply, expected", [
@@ -301,31 +346,32 @@ def test_without_a_judge_the_closer_answer_wins():
     assert evaluate.closer(own, other, vectors).tolist() == [1, 0, 0.5]
 
 
-# ------------------------------------------------------------------------------------------------------ statistics
-def test_containment_is_by_words_and_f1_by_hand():
+# ------------------------------------------------------------------------------------------------- statistics
+def test_containment_is_by_words():
     assert evaluate.is_contained("Mount Everest", "It's mount everest, I think.")
     assert not evaluate.is_contained("Ca", "because of that") and not evaluate.is_contained("", "anything")
-    assert evaluate.token_f1("a red car", "the red house") == pytest.approx(2 * 1 / 6)
-    assert evaluate.token_f1("Paris", "Paris") == 1 and evaluate.token_f1("Paris", "") == 0
 
 
 def test_corpus_scores_are_sacrebleus_own():
-    answers = ["le chat est sur la table", "bonjour tout le monde", "je suis ici", "zut", "", "rien du tout ici"]
-    references = [["le chat est sur le tapis", "le chat"], ["bonjour le monde"], ["je suis là"], ["à demain"],
-                  ["un mot"], ["tout ici rien du"]]
-    rows = [dict(answer=answer, reference=own, language="French") for answer, own in zip(answers, references)]
+    answers = ["le chat est sur la table", "bonjour tout le monde", "je suis ici", "zut", "",
+               "rien du tout ici"]
+    references = ["le chat est sur le tapis", "bonjour le monde", "je suis là", "à demain", "un mot",
+                  "tout ici rien du"]
+    rows = []
+    for answer, reference in zip(answers, references):
+        rows.append(dict(answer=answer, reference=[reference], language="French"))
     scores = evaluate.measure_s2tt(rows, list("aabbcd"), None)
-    padded = [[own[0] for own in references], [own[-1] for own in references]]
     for name, function in (("BLEU", sacrebleu.corpus_bleu), ("chrF", sacrebleu.corpus_chrf)):
-        assert scores[name][0] == pytest.approx(function(answers, padded).score)
+        assert scores[name][0] == pytest.approx(function(answers, [references]).score)
         for drawn, score in list(zip(evaluate.resample_counts(4), scores[name]))[1:30]:
-            rows = []                                     # a group's utterances come together
+            chosen = []                                   # a group's utterances come together
             for group, times in zip(((0, 1), (2, 3), (4,), (5,)), drawn):
-                rows += list(group) * int(times)
-            expected = function([answers[i] for i in rows], [[side[i] for i in rows] for side in padded]).score
+                chosen += list(group) * int(times)
+            again = [references[i] for i in chosen]
+            expected = function([answers[i] for i in chosen], [again]).score
             assert score == pytest.approx(expected, abs=1e-9)
-    chinese = evaluate.translation_metrics("Chinese")["BLEU"]
-    assert chinese.corpus_score(["我去"], [["我去"]]).precisions[0] == 100
+    chinese = [dict(answer="我去商店", reference=["我去商店"], language="Chinese")]
+    assert evaluate.measure_s2tt(chinese, ["a"], None)["BLEU"][0] == pytest.approx(100)
 
 
 def test_instructions_are_resampled_whole():
@@ -334,7 +380,8 @@ def test_instructions_are_resampled_whole():
     groups = np.repeat([f"g{i:02d}" for i in range(25)], 4)
     values = np.repeat(rng.normal(0, 10, 25), 4) + rng.normal(0, 1, 100)   # the voices of a group are alike
     shuffled = rng.permutation(100)
-    row = evaluate.entry([evaluate.mean_score(evaluate.group_means(values[shuffled], groups[shuffled]))], "s", "t", "m")
+    means = evaluate.group_means(values[shuffled], groups[shuffled])
+    row = evaluate.number("s", evaluate.Column("t", "m"), [evaluate.mean_score(means)])
     by_hand = []
     for _ in range(4000):
         by_hand.append(values.reshape(25, 4)[rng.integers(25, size=25)].mean())
@@ -349,7 +396,8 @@ def test_an_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
     evaluate.resample_counts.cache_clear()
     generator, hits = np.random.default_rng(0), 0
     for _ in range(300):
-        row = evaluate.entry([evaluate.mean_score(generator.normal(1.0, 2.0, 60))], "s", "t", "m")
+        score = evaluate.mean_score(generator.normal(1.0, 2.0, 60))
+        row = evaluate.number("s", evaluate.Column("t", "m"), [score])
         hits += row["low"] <= 1.0 <= row["high"]
     evaluate.resample_counts.cache_clear()
     assert 0.90 <= hits / 300 <= 0.98
@@ -357,7 +405,7 @@ def test_an_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
 
 def test_holm_by_hand_and_p_of_a_known_shift():
     assert evaluate.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert evaluate.holm([0.6, 0.5]) == [1.0, 1.0] and evaluate.holm([]) == []
+    assert evaluate.holm([0.6, 0.5]).tolist() == [1.0, 1.0] and len(evaluate.holm([])) == 0
     generator = np.random.default_rng(0)
     for shift in (0.1, 0.2, 0.3):                         # against the normal test's
         values = generator.normal(0, 1, 100)
@@ -383,7 +431,7 @@ def test_consistency_against_a_brute_force_loop():
         assert same[at] == pytest.approx(np.mean(pairs))
     for score, drawn in zip(different[:20], evaluate.resample_counts(4)[:20].astype(int)):
         pairs = []
-        for one, two in itertools.combinations([g for g, n in zip("abcd", drawn) for _ in range(n)], 2):
+        for one, two in itertools.combinations(np.repeat(list("abcd"), drawn), 2):
             if one != two:                                # an instruction drawn twice is no other instruction
                 pairs.append(np.mean([u @ v for u, v in itertools.product(members(one), members(two))]))
         assert score == pytest.approx(np.mean(pairs) if pairs else 0)
@@ -392,23 +440,23 @@ def test_consistency_against_a_brute_force_loop():
 def instruct_rows(answers, transcripts, groups):
     rows = []
     for answer, transcript, group in zip(answers, transcripts, groups):
-        rows.append(dict(task="instruct", group=group, answer=answer, transcript=transcript, text="x", prompt="",
-                         reference=["r"], tokens=1))
+        rows.append(dict(task="instruct", group=group, answer=answer, words=1, transcript=transcript,
+                         reference=["r"]))
     return rows
 
 
 def test_consistency_over_groups_that_were_heard_differently():
     vectors = {"r": np.array([1.0, 0]), "s": np.array([0.0, 1])}
     rows = instruct_rows("rrrsrr", ["hi", "Hi!", "hi", "ho", "a", "b"], "aabbcc")
-    scores = evaluate.measure(rows, {"similarity": vectors})
-    assert scores["instruct", "consistency"][0] == pytest.approx(2 / 3)
-    assert scores["instruct", "consistency, heard differently"][0] == pytest.approx(1 / 2)     # b and c
-    assert scores["instruct", "similarity"][0] == pytest.approx(5 / 6)
-    assert scores["instruct", "different instructions"][0] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    scores = evaluate.measure_instruct(rows, list("aabbcc"), vectors)
+    assert scores["consistency"][0] == pytest.approx(2 / 3)
+    assert scores["consistency, heard differently"][0] == pytest.approx(1 / 2)                 # b and c
+    assert scores["similarity"][0] == pytest.approx(5 / 6)
+    assert scores["different instructions"][0] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
 
 
 def test_the_length_controlled_win_rate_takes_length_out():
-    """Preferences made with a known quality and a known taste for length; the fit by brute force on a grid."""
+    """Preferences of a known quality and a known taste for length; the fit by brute force on a grid."""
     rng = np.random.default_rng(0)
     n, theta, phi, once = 4000, 0.4, -1.8, np.ones((1, 4000))
     base = rng.normal(100, 30, n)
@@ -422,7 +470,8 @@ def test_the_length_controlled_win_rate_takes_length_out():
     grid_t, grid_p = np.meshgrid(np.linspace(-2, 2, 401), np.linspace(-4, 1, 501), indexing="ij")
     some = np.tanh((base - own) / (base - own).std())
     logits = grid_t[..., None] + grid_p[..., None] * some
-    score = (wins * logits - np.log1p(np.exp(logits))).sum(-1) - 0.5 * (grid_p + 1.6) ** 2 - 0.005 * grid_t ** 2
+    score = (wins * logits - np.log1p(np.exp(logits))).sum(-1)
+    score -= 0.5 * (grid_p + 1.6) ** 2 + 0.005 * grid_t ** 2
     best = 100 / (1 + np.exp(-grid_t.flat[score.argmax()]))
     counts = np.vstack([np.ones(60), rng.multinomial(60, [1 / 60] * 60, size=3)])
     together = evaluate.length_controlled(wins, own, base, counts)
@@ -430,42 +479,53 @@ def test_the_length_controlled_win_rate_takes_length_out():
     for drawn, value in zip(counts, together):            # resampled at once as one by one
         assert evaluate.length_controlled(wins, own, base, drawn[None])[0] == pytest.approx(value, abs=1e-6)
     one = np.ones((1, 60))
-    assert 90 < evaluate.length_controlled(one[0], own, base, one)[0] < 100                    # all won: no infinity
-    assert evaluate.length_controlled(one[0] / 2, base + 1, base, one)[0] == pytest.approx(50)   # one gap: no length
+    assert 90 < evaluate.length_controlled(one[0], own, base, one)[0] < 100    # all won: no infinity
+    assert evaluate.length_controlled(one[0] / 2, base + 1, base, one)[0] == pytest.approx(50)   # one gap
 
 
-# ------------------------------------------------------------------------------------------- numbers of a condition
-def sqa_rows(right, groups=None):
-    return [dict(task="sqa", group=str(i) if groups is None else groups[i], text="x", prompt="", transcript="x",
-                 reference=["yes"], answer="yes" if good else "no", tokens=1, voice="ab"[i % 2])
-            for i, good in enumerate(right)]
+# ------------------------------------------------------------------------------------- numbers of a condition
+def sqa_rows(right):
+    rows = []
+    for i, good in enumerate(right):
+        rows.append(dict(task="sqa", group=str(i), text="x", prompt="", transcript="x", reference=["yes"],
+                         answer="yes" if good else "no", words=1, voice="ab"[i % 2]))
+    return rows
+
+
+def numbers_of(answers, systems, judge=None, vectors=None, train_voices=()):
+    """-> {(system, metric, against, voices): row}."""
+    condition = evaluate.Condition(answers, systems, judge, vectors or {}, set(train_voices))
+    return {(row["system"], row["metric"], row["against"], row["voices"]): row for row in condition.numbers()}
 
 
 def test_seeds_are_one_row_and_a_paired_difference_is_tight():
     rng = np.random.default_rng(0)
     base = rng.random(300) < 0.5
-    runs = {"base": base, "sft+": base, "sft+-s1": base}
-    for at, name in enumerate(("rba-single", "rba-single-s1", "rba-single-s2")):
-        runs[name] = base | (rng.random(300) < 0.1 + 0.1 * at)
-    by_run = {name: sqa_rows(right) for name, right in runs.items()}
-    seeds = {"base": ["base"], "sft+": ["sft+", "sft+-s1"], "rba-single": [*runs][3:]}
-    rows, contrasts = evaluate.numbers(by_run, seeds, None, {"similarity": {}}, {"a"})
-    found = {(row["system"], row["metric"]): row for row in rows}
-    each = [100 * runs[name].mean() for name in seeds["rba-single"]]
-    row, difference = found["rba-single", "accuracy"], found["rba-single", "accuracy − base"]
+    right = {"base": base, "sft+": base, "sft+-s1": base}
+    seeds = ["rba-single", "rba-single-s1", "rba-single-s2"]
+    for at, name in enumerate(seeds):
+        right[name] = base | (rng.random(300) < 0.1 + 0.1 * at)
+    answers = {name: sqa_rows(values) for name, values in right.items()}
+    systems = {"base": ["base"], "sft+": ["sft+", "sft+-s1"], "rba-single": seeds}
+    found = numbers_of(answers, systems, train_voices=["a"])
+    each = [100 * right[name].mean() for name in seeds]
+    row = found["rba-single", "accuracy", "", "all"]
+    difference = found["rba-single", "accuracy", "base", "all"]
     assert row["seeds"] == pytest.approx(each) and row["value"] == pytest.approx(np.mean(each))
-    assert found["base", "accuracy"]["seeds"] == [] and ("base", "accuracy − base") not in found
+    assert found["base", "accuracy", "", "all"]["seeds"] == []
+    assert ("base", "accuracy", "base", "all") not in found
     assert difference["value"] == pytest.approx(np.mean(each) - 100 * base.mean())
     assert row["high"] - row["low"] > 1.5 * (difference["high"] - difference["low"])
-    mean = np.mean([runs[name] for name in seeds["rba-single"]], 0)        # items alone are resampled
+    mean = np.mean([right[name] for name in seeds], 0)    # items alone are resampled
     by_hand = [100 * (mean - base)[rng.integers(300, size=300)].mean() for _ in range(4000)]
-    assert (difference["low"], difference["high"]) == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.5)
-    [contrast] = contrasts
-    assert contrast["system"] == "rba-single − sft+" and contrast["value"] == pytest.approx(difference["value"])
-    assert contrast["p"] == contrast["holm"] < 0.001 and len(contrast["seeds"]) == 3
-    unheard = found["base", "accuracy, unheard voices"]
+    interval = difference["low"], difference["high"]
+    assert interval == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.5)
+    contrast = found["rba-single", "accuracy", "sft+", "all"]
+    assert contrast["value"] == pytest.approx(difference["value"]) and len(contrast["seeds"]) == 3
+    assert contrast["planned"] and not difference["planned"] and contrast["p"] < 0.001
+    unheard = found["base", "accuracy", "", "unheard"]
     assert unheard["value"] == pytest.approx(100 * base[1::2].mean())
-    assert evaluate.row_of("rba-group-s12") == "rba-group" and evaluate.row_of("sft-seed") == "sft-seed"
+    assert evaluate.system_of("rba-group-s12") == "rba-group" and evaluate.system_of("sft-seed") == "sft-seed"
 
 
 def test_win_rates_enter_the_tables_with_and_without_length():
@@ -473,38 +533,56 @@ def test_win_rates_enter_the_tables_with_and_without_length():
 
     def judge(rows, others):
         return [prefers[row["system"]] for row in rows]
-    by_run = {}
+    answers = {}
     for name in prefers:
-        by_run[name] = [row | dict(system=name, answer="n", transcript="x", tokens=3) for row in OWN]
-    vectors = {"similarity": {"n": np.ones(1), "Neil.": np.ones(1)}}
-    rows, contrasts = evaluate.numbers(by_run, {name: [name] for name in by_run}, judge, vectors)
-    found = {(row["system"], row["metric"]): row["value"] for row in rows}
-    assert found["rba-group", "WR against sft"] == 100 and found["sft+", "WR against sft"] == 50
-    assert 75 < found["rba-group", "LC against sft"] < 100 and ("sft", "WR against sft") not in found
-    assert [(row["system"], row["metric"], row["value"]) for row in contrasts] == [("rba-group − sft+", "WR", 50.0)]
+        answers[name] = [row | dict(system=name, answer="n", transcript="x", words=3) for row in OWN]
+    vectors = {"n": np.ones(1), "Neil.": np.ones(1)}
+    found = numbers_of(answers, {name: [name] for name in answers}, judge, vectors)
+    assert found["rba-group", "WR", "sft", "all"]["value"] == 100
+    assert found["sft+", "WR", "sft", "all"]["value"] == 50 and found["sft+", "WR", "sft", "all"]["p"] == 1
+    assert 75 < found["rba-group", "LC", "sft", "all"]["value"] < 100
+    assert ("sft", "WR", "sft", "all") not in found
+    planned = [key for key, row in found.items() if row["planned"]]
+    assert planned == [("rba-group", "WR", "sft+", "all")] and found[planned[0]]["p"] < 0.001
 
 
 def test_y_ref_is_in_no_contest_for_closeness_to_y_ref():
-    vectors = {"similarity": {text: np.ones(1) for text in ("n", "Neil.")}}
-    by_run = {name: [row | dict(answer="n", transcript="x", response="Neil.") for row in OWN] for name in ("text", "base")}
-    seeds = {name: [name] for name in by_run}
-    rows, _ = evaluate.numbers(by_run, seeds, None, vectors)
-    assert not [row for row in rows if row["metric"].startswith("WR")]
-    rows, _ = evaluate.numbers(by_run, seeds, lambda rows, others: [0.5] * len(rows), vectors)
-    assert Counter(row["metric"] for row in rows)["WR against text"] == 1
+    vectors, answers = {text: np.ones(1) for text in ("n", "Neil.")}, {}
+    for name in ("text", "base"):
+        answers[name] = [row | dict(answer="n", transcript="x", response="Neil.") for row in OWN]
+    systems = {name: [name] for name in answers}
+    assert not [key for key in numbers_of(answers, systems, None, vectors) if key[1] == "WR"]
+    found = numbers_of(answers, systems, lambda rows, others: [0.5] * len(rows), vectors)
+    assert ("base", "WR", "text", "all") in found and ("text", "WR", "base", "all") in found
 
 
-def test_tables_and_figure_of_more_than_two_conditions(tmp_path):
-    held = dict(preset="tiny", teacher="t", student="s", source="x", judge="", broken=[], items={"sqa": "4"},
-                conditions=["clean", "noise:5", "loss:5"], leading="noise:5", systems=["base", "sft"], contrasts=[],
-                rewarded={"base": [], "sft": []}, signatures="", rows=[])
+def result(condition, system, column, value, **facts):
+    row = dict(condition=condition, system=system, value=value, low=value - 1, high=value + 9, seeds=[],
+               p=None, planned=False)
+    return row | column._asdict() | facts
+
+
+def test_tables_contrasts_and_figure(tmp_path):
+    accuracy = evaluate.ACCURACY
+    results = dict(preset="tiny", teacher="t", student="s", source="x", judge="", unusable=["7"], rows=[],
+                   items=["sqa 4"], conditions=["clean", "noise:5", "loss:5"], leading="noise:5",
+                   systems=["base", "sft+", "rba-single", "rba-group"])
     for condition, value in (("clean", 80.0), ("noise:5", 40.0), ("loss:5", 60.0)):
-        for system, gain in (("base", 0), ("sft", 5)):
-            held["rows"].append(dict(condition=condition, system=system, task="sqa", metric="accuracy",
-                                     value=value + gain, low=value - 1, high=value + 9, seeds=[value, value + 1]))
-        held["rows"].append(dict(condition=condition, system="Whisper", task="sqa", metric="WER", value=25.0, low=20.0,
-                                 high=30.0, seeds=[]))
-    evaluate.report(held, tmp_path / "r.json")
+        for system in results["systems"][:2]:
+            results["rows"].append(result(condition, system, accuracy, value, seeds=[value, value + 1]))
+        results["rows"].append(result(condition, "Whisper", evaluate.Column("sqa", "WER"), 25.0))
+        unheard = accuracy._replace(voices="unheard")
+        results["rows"].append(result(condition, "base", unheard, value - 5))
+        for system, other, p in (("rba-single", "sft+", 0.01), ("rba-group", "sft+", 0.04)):
+            column = accuracy._replace(against=other)
+            results["rows"].append(result(condition, system, column, 3.0, p=p, planned=True))
+    evaluate.report(results, tmp_path / "r.json")
     text = (tmp_path / "r.md").read_text()
-    assert "| noise:5 | 25.0 [20.0, 30.0] | 40.0 [39.0, 49.0] (40.0, 41.0) | 45.0 [39.0, 49.0] (40.0, 41.0) |" in text
+    assert "Whisper's WER, sqa: 25.0 [24.0, 34.0] %" in text and "count as wrong: 7." in text
+    assert text.count("| sft+ | 40.0 [39.0, 49.0] (40.0, 41.0) |") == 1
+    assert "### Unheard voices\n\n|  | sqa accuracy |\n| --- | --- |\n| base | 75.0 [74.0, 84.0] |\n" in text
+    difference = "sqa accuracy − sft+ | 3.0 [2.0, 12.0]"
+    assert f"| rba-single | noise:5 | {difference} | 0.0100 | 0.0200\\* |" in text
+    assert f"| rba-group | noise:5 | {difference} | 0.0400 | 0.0400\\* |" in text
+    assert f"| rba-group | clean | {difference} | 0.0400 | – |" in text
     assert (tmp_path / "r.png").stat().st_size > 5000
