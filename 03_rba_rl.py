@@ -128,8 +128,8 @@ def read_samples(path, round_, batches):
 
 
 def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
-    """A round's samples of `groups` (lists of indices): {utterance id: row}, and a line each in the file. They
-    are drawn in batches of SAMPLED groups, which the processes share."""
+    """A round's samples of `groups` (lists of indices): {utterance id: row}, and a line each in the file.
+    They are drawn in batches of SAMPLED groups, which the processes share."""
     path = args.work / "samples" / f"{run.name}.jsonl"
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
     ids = [[items[i]["id"] for group in batch for i in group] for batch in batches]

@@ -479,8 +479,8 @@ def _fetch(name, folder, parts):
                 content.update(block := archive.read(member))
                 file.write(block)
         if content.hexdigest() != expected:
-            raise UserError(f"{name}: {output} has sha256 {content.hexdigest()[:16]}…, not {expected[:16]}…; it "
-                            "was corrupted or replaced; nothing was kept")
+            raise UserError(f"{name}: {output} has sha256 {content.hexdigest()[:16]}…, not {expected[:16]}…; "
+                            "it was corrupted or replaced; nothing was kept")
     if "model.gguf" in files:
         _convert_gguf(parts)
     if "model.bin" in files:
@@ -830,7 +830,7 @@ def listen(asr, waves, window=30.0, batch_size=16):
     `window` seconds are encoded of each utterance; Whisper needs the silence after the words to stop. Where
     it does not stop even so, but repeats itself, it gets the full 30 s: that mended every such case we met.
     """
-    tokenizer, whole, asr = whisper_tokenizer(asr), asr, copy.copy(asr)   # the same Whisper, a shorter context
+    tokenizer, whole, asr = whisper_tokenizer(asr), asr, copy.copy(asr)  # the same Whisper, a shorter context
     asr.dims, asr._modules = copy.copy(asr.dims), asr._modules | {"encoder": copy.copy(asr.encoder)}
     asr.dims.n_audio_ctx = context = int(min(window, 30) * 50)
     asr.encoder._buffers = {"positional_embedding": asr.encoder.positional_embedding[:context]}
@@ -1298,8 +1298,8 @@ def answer_states(llm, prompts, answers):
 
 
 def by_chunks(function, states, *rows, size=256):
-    """function(states (rows, d), other rows...) -> one number a row, in chunks whose logits are computed again
-    in the backward pass: (rows, vocabulary) never stands in memory whole."""
+    """function(states (rows, d), other rows...) -> one number a row, in chunks whose logits are computed
+    again in the backward pass: (rows, vocabulary) never stands in memory whole."""
     parts = []
     for chunk in zip(*(row.split(size) for row in (states, *rows))):
         parts.append(checkpoint(function, *chunk, use_reentrant=False))

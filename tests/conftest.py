@@ -1,5 +1,5 @@
-"""Real embedded models, loaded once a session, in the precision that users run; a skipped test counts as failed in CI
-unless it needs a GPU."""
+"""Real embedded models, loaded once a session, in the precision that users run; a skipped test counts as
+failed in CI unless it needs a GPU."""
 import importlib
 import json
 import os
@@ -34,7 +34,8 @@ def pytest_configure(config):
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.skipped and os.environ.get("RBA_NO_SKIPS") and "gpu" not in item.keywords:
-        report.outcome, report.longrepr = "failed", f"skipped where skipping is not allowed: {report.longrepr}"
+        report.outcome = "failed"
+        report.longrepr = f"skipped where skipping is not allowed: {report.longrepr}"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -44,10 +45,11 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
-# ------------------------------------------------------------------------------- a stage in a process of its own
+# ---------------------------------------------------------------------------- a stage in a process of its own
 def start(script, work, *flags, processes=1, **environment):
     """A stage at test size (tests/run_stage.py says what DIE_AT and the like do)."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher *= processes > 1
     runner = str(Path(__file__).with_name("run_stage.py"))
     command = [sys.executable, *launcher, runner, script, "--work", str(work), *map(str, flags)]
     variables = {name: str(value) for name, value in environment.items()}
@@ -73,7 +75,7 @@ def die(script, work, at, *flags, **options):
     assert process.returncode in (-signal.SIGKILL, 1), (process.returncode, out[-1000:], err[-2000:])
 
 
-# ------------------------------------------------------------------------------------------------------- fixtures
+# --------------------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(scope="session")
 def model():
     """The tiny preset's SpeechLM: real Whisper, real LLM; W and LoRA's B are 0. Tests leave it as it was."""
@@ -102,7 +104,8 @@ def spoken(text, length_scale=1.0):
         spoken.voice = PiperVoice.load(common.resolve("piper-joe") + "/voice.onnx")
     settings = SynthesisConfig(length_scale=length_scale, noise_scale=0.0, noise_w_scale=0.0)
     wave = np.concatenate([part.audio_float_array for part in spoken.voice.synthesize(text, settings)])
-    return torchaudio.functional.resample(torch.from_numpy(wave), spoken.voice.config.sample_rate, common.RATE)
+    rate = spoken.voice.config.sample_rate
+    return torchaudio.functional.resample(torch.from_numpy(wave), rate, common.RATE)
 
 
 TAUGHT = (("What is the capital of France?", "It is Paris, the city of light."),
@@ -112,7 +115,8 @@ TAUGHT = (("What is the capital of France?", "It is Paris, the city of light."),
 
 
 def write_groups(work):
-    """A data set of 4 instructions in 4 voices (tempos and babble of the Piper voice), answers of at most 16 tokens."""
+    """A data set of 4 instructions in 4 voices (tempos and babble of the Piper voice), answers of at most 16
+    tokens."""
     import soundfile
     (work / "data" / "audio").mkdir(parents=True)
     rows = []
@@ -120,12 +124,13 @@ def write_groups(work):
         for s, (tempo, snr) in enumerate(((1.0, 14), (0.85, 11), (1.15, 8), (0.75, 5))):
             wave = spoken(text, tempo)
             soundfile.write(work / "data" / "audio" / f"{g}-{s}.wav", wave.numpy(), common.RATE)
-            rows.append(dict(id=f"{g}-{s}", group=f"{g}", task="instruct", language="English", text=text, prompt="",
-                             response=response, reference=[response], audio=f"audio/{g}-{s}.wav", voice=f"tempo-{s}",
-                             seconds=len(wave) / common.RATE, condition=f"babble:{snr}"))
+            rows.append(dict(id=f"{g}-{s}", group=f"{g}", task="instruct", language="English", text=text,
+                             prompt="", response=response, reference=[response], audio=f"audio/{g}-{s}.wav",
+                             voice=f"tempo-{s}", seconds=len(wave) / common.RATE, condition=f"babble:{snr}"))
     for split in common.SPLITS:
         common.write_jsonl(work / "data" / f"{split}.jsonl", rows)
-    common.write_json(work / "data" / "config.json", {"config": {"preset": "tiny", "teacher": "smollm2-135m"}})
+    config = {"preset": "tiny", "teacher": "smollm2-135m"}
+    common.write_json(work / "data" / "config.json", {"config": config})
     return work
 
 
@@ -134,7 +139,8 @@ def groups(tmp_path_factory):
     return write_groups(tmp_path_factory.mktemp("groups") / "work")
 
 
-SIZES = ("--train", "instruct=3,sqa=3,s2tt=2", "--valid", "instruct=1,sqa=1,s2tt=1", "--test", "instruct=2,sqa=2,s2tt=1")
+SIZES = ("--train", "instruct=3,sqa=3,s2tt=2", "--valid", "instruct=1,sqa=1,s2tt=1",
+         "--test", "instruct=2,sqa=2,s2tt=1")
 TRAIN = ("--max-steps", 2, "--batch-size", 3)
 
 

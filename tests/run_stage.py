@@ -1,7 +1,7 @@
 """A stage at test size, in a process of its own: python tests/run_stage.py SCRIPT FLAGS
 
-DIE_AT=7 (in process DIE_RANK, default 0): SIGKILL in the middle of the seventh write. GRADIENTS=FILE: the first update's
-gradients, summed over the processes. FLOAT32=1: where two runs are compared digit by digit.
+DIE_AT=7 (in process DIE_RANK, default 0): SIGKILL in the middle of the seventh write. GRADIENTS=FILE: the
+first update's gradients, summed over the processes. FLOAT32=1: where two runs are compared digit by digit.
 """
 import importlib
 import os
@@ -21,7 +21,7 @@ def die_at(number):
         writes.append(fd)
         if len(writes) == number:
             path = Path(os.readlink(f"/proc/self/fd/{fd}"))
-            data = path.read_bytes()                      # half of a new file, or half of the line just appended
+            data = path.read_bytes()                      # half of a new file, or of the line just appended
             start = 0 if path.suffix == ".tmp" else data[:-1].rfind(b"\n") + 1
             os.truncate(path, (start + len(data)) // 2)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""It learns: the real loops of 02 and 03 on four instructions in four voices, in the precision that users run."""
+"""It learns: the real loops of 02 and 03 on four instructions in four voices, in the precision users run."""
 import json
 import shutil
 import sys
@@ -21,7 +21,7 @@ def work(groups, tmp_path):
 
 @pytest.fixture
 def train(work, model, monkeypatch):
-    """A stage's own main() in this process, on the model that is loaded already; -> its log and checkpoint."""
+    """A stage's own main() in this process, on the model already loaded; -> its log and checkpoint."""
     monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
     monkeypatch.setitem(common.PRESETS, "tiny", common.PRESETS["tiny"] | dict(max_new=16, held_out=4))
 
@@ -51,7 +51,8 @@ def curve(rows, name):
 
 
 def test_sft_learns_four_instructions(train, work, model):
-    rows, state = train("02_sft_warmup", "sft", "--objective", "sft", "--max-steps", 24, "--batch-size", 4, "--lr", 5e-4)
+    rows, state = train("02_sft_warmup", "sft", "--objective", "sft", "--max-steps", 24,
+                        "--batch-size", 4, "--lr", 5e-4)
     loss = curve(rows, "loss")
     assert loss[-1] < loss[0] / 10, loss
     assert all(value.abs().max() > 0 for name, value in state.items() if "lora_B" in name)
@@ -74,12 +75,13 @@ def words(items, answers):
     return [-float(len(answer.split())) for answer in answers]
 
 
-GROUP = ("--objective", "rba-group", "--init", "none", "--batch-size", 4, "--max-steps", 12, "--rounds", 3, "--lr", 1e-3,
-         "--lambda-ce", 0, "--temperature", 1)
+GROUP = ("--objective", "rba-group", "--init", "none", "--batch-size", 4, "--max-steps", 12, "--rounds", 3,
+         "--lr", 1e-3, "--lambda-ce", 0, "--temperature", 1)
 
 
 def test_rba_group_moves_the_greedy_answers_where_the_reward_points(train, monkeypatch):
-    """Answers of fourteen words lose at least six; with rewards shuffled within groups less than a third of that."""
+    """Answers of fourteen words lose at least six; with rewards shuffled within groups less than a third of
+    that."""
     monkeypatch.setattr(common, "Reward", lambda *_: words)
     monkeypatch.setitem(common.PRESETS["tiny"], "max_new", 24)
     gains = {}

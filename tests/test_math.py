@@ -15,9 +15,10 @@ import common
 sft, rba = stage("02_sft_warmup"), stage("03_rba_rl")
 
 
-# ------------------------------------------------------------------------------------------------- preference loss
+# -------------------------------------------------------------------------------------------- preference loss
 def test_preference_loss_is_eq_2():
-    """Against the formula in plain probabilities: V = pi_theta / pi_ref, -log sigma(beta log V+ - beta log V-)."""
+    """Against the formula in plain probabilities: V = pi_theta / pi_ref,
+    -log sigma(beta log V+ - beta log V-)."""
     generator = torch.Generator().manual_seed(0)
     lp = -5 * torch.rand(4, 6, generator=generator, dtype=torch.float64)
     loss, chosen, rejected = rba.preference_loss(*lp, beta=0.3)
@@ -40,8 +41,8 @@ def test_at_the_reference_the_loss_is_log_2_and_its_slope_half_beta():
 
 
 def test_single_with_fresh_samples_is_half_beta_of_sft_at_first():
-    """E over y ~ pi_theta of the gradient of L_S at V = 1 is beta / 2 of the gradient of -log pi_theta(y_ref): the
-    negative teaches nothing. A softmax over four answers, enumerated."""
+    """E over y ~ pi_theta of the gradient of L_S at V = 1 is beta / 2 of the gradient of -log
+    pi_theta(y_ref): the negative teaches nothing. A softmax over four answers, enumerated."""
     logits, beta, y_ref = torch.tensor([.3, -.2, .5, .1], dtype=torch.float64, requires_grad=True), 0.4, 2
     log_p = logits.log_softmax(0)
     reference, expected = log_p.detach(), 0.0
@@ -55,8 +56,8 @@ def test_single_with_fresh_samples_is_half_beta_of_sft_at_first():
 
 def rows_of(answers, rewards, ended=None, response="the reference"):
     ended = ended or [True] * len(answers)
-    return [dict(group="g", round=0, answer=answer, reward=reward, ended=e, response=response, role="", why="",
-                 logp_y_ref=-1.0 - s, logp_answer=-2.0 - s)
+    return [dict(group="g", round=0, answer=answer, reward=reward, ended=e, response=response, role="",
+                 why="", logp_y_ref=-1.0 - s, logp_answer=-2.0 - s)
             for s, (answer, reward, e) in enumerate(zip(answers, rewards, ended))]
 
 
@@ -82,7 +83,7 @@ def test_single_pairs_are_y_ref_against_the_own_answer():
     rba.decide_pairs(rows, "rba-single", "none", 0)
     assert [row["role"] for row in rows] == ["negative", "", "negative"] and rows[1]["why"] == "equals y_ref"
     assert rba.pair_up(rows, True) == [(0, 1), (4, 5)]
-    alone = rows_of(["a"], [0.5])                         # a group of one, as sqa, takes part in rba-group by Eq. 6
+    alone = rows_of(["a"], [0.5])                         # a group of one, as sqa, is in rba-group by Eq. 6
     rba.decide_pairs(alone, "rba-group", "none", 0)
     assert rba.pair_up(alone, False) == [(0, 1)]
 
@@ -104,8 +105,8 @@ def test_shuffled_pairs_have_no_direction():
 @pytest.mark.parametrize("reference", ["sft", "none"])
 @pytest.mark.parametrize("objective", ["rba-group", "rba-single"])
 def test_losses_by_hand(objective, reference, reduction, control):
-    """L_CE, the preference loss and its gradient of two groups of four and one of one, against a loop over pairs in
-    plain numbers."""
+    """L_CE, the preference loss and its gradient of two groups of four and one of one, against a loop over
+    pairs in plain numbers."""
     generator, args = torch.Generator().manual_seed(1), SimpleNamespace(
         objective=objective, reference=reference, ce_reduction=reduction, control=control, beta=0.2)
     groups = [rows_of("abcd", [.1, .9, .3, .2]), rows_of("a", [.5]), rows_of("abcd", [.1, .1, .1, .1])]
@@ -139,7 +140,7 @@ def test_losses_by_hand(objective, reference, reduction, control):
         assert np.sign(slope) == pushed.get(id(lp), 0)
 
 
-# -------------------------------------------------------------------------------------- distillation, chunks, batches
+# ------------------------------------------------------------------------------ distillation, chunks, batches
 def test_kd_matches_torchs_own_kl_where_padded_vocabularies_differ():
     generator = torch.Generator().manual_seed(0)
     teacher, student = torch.randn(4, 9, generator=generator), torch.randn(4, 7, generator=generator)
@@ -191,11 +192,11 @@ def test_what_was_shared_out_comes_back_in_order(monkeypatch):
         assert common.unshare(parts, total) == list(range(total))
 
 
-# ------------------------------------------------------------------------------------------------------ rewards, logs
+# ---------------------------------------------------------------------------------------------- rewards, logs
 def test_the_reward_of_s2tt_is_sentence_bleu_and_else_cosine():
     reward = common.Reward(SimpleNamespace(reward="semantic", embedder="minilm-l6"), "cpu")
-    items = [dict(task="s2tt", language="French", response="je vais au magasin"), dict(task="instruct", response="Paris is in France."),
-             dict(task="sqa", response="Paris")]
+    items = [dict(task="s2tt", language="French", response="je vais au magasin"),
+             dict(task="instruct", response="Paris is in France."), dict(task="sqa", response="Paris")]
     answers = ["je vais au marché", "Paris is in France.", "A fish"]
     found = reward(items, answers)
     assert found[0] == pytest.approx(sacrebleu.sentence_bleu(answers[0], [items[0]["response"]]).score / 100)
@@ -210,8 +211,8 @@ def test_the_samples_are_described_by_hand():
     rng, samples = random.Random(0), []
     for group in "pq":
         for voice in "ab":
-            samples.append(dict(group=group, voice=voice, reward=rng.random(), role="", ended=True, ids=[1, 2],
-                                text="one two three", heard="one two three"))
+            samples.append(dict(group=group, voice=voice, reward=rng.random(), role="", ended=True,
+                                ids=[1, 2], text="one two three", heard="one two three"))
     samples[0] |= dict(role="positive", heard="one two three")
     samples[1] |= dict(role="negative", heard="one too three")
     found = rba.describe(samples)
@@ -224,17 +225,19 @@ def test_the_samples_are_described_by_hand():
 
 
 def test_an_update_backpropagates_eq_5(restored, groups):
-    """Gradients and log of `update` against the formula on each utterance alone: L_G over two pairs, L_CE over the nine
-    utterances of a batch in which one group has no pair and another stands twice; micro-batches change nothing."""
+    """Gradients and log of `update` against the formula on each utterance alone: L_G over two pairs, L_CE
+    over the nine utterances of a batch in which one group has no pair and another stands twice;
+    micro-batches change nothing."""
     model, items = restored, common.read_items(groups, "train")
     heard = common.listen_to_split(model, groups, groups / "data" / "train.jsonl", items, window=12.0)
     batch, samples = [[0, 1, 2, 3], [4], [0, 1, 2, 3]], {}
     for s, i in enumerate([0, 1, 2, 3, 4]):
         ids = model.answer_ids(("It is Paris.", "Lyon.", "I do not know it.", "France.", "Boil it.")[s])[:-1]
-        samples[items[i]["id"]] = dict(ids=ids, ended=True, answer=str(s), logp_y_ref=-20.0, logp_answer=-9.0 - s, why="",
+        samples[items[i]["id"]] = dict(ids=ids, ended=True, answer=str(s), logp_y_ref=-20.0,
+                                       logp_answer=-9.0 - s, why="",
                                        role=("positive", "", "negative", "", "")[s])
-    args = SimpleNamespace(objective="rba-group", beta=0.1, lambda_ce=0.2, ce_reduction="sum", reference="sft",
-                           control="none", micro_tokens=4000, max_new=16)
+    args = SimpleNamespace(objective="rba-group", beta=0.1, lambda_ce=0.2, ce_reduction="sum",
+                           reference="sft", control="none", micro_tokens=4000, max_new=16)
     def log_p(i, y):
         [lp] = common.token_log_probs(model.llm, model.speech_prompts([heard[i]], [""]), [[y]])
         return lp.sum()

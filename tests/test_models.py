@@ -1,4 +1,4 @@
-"""Real models and real speech: what is said is heard, batches change nothing, what is trained is what acts."""
+"""Real models and real speech: what is said is heard, batches change nothing, what is trained acts."""
 import copy
 import hashlib
 import math
@@ -27,7 +27,7 @@ def sounds(model, waves):
     return model.listen(waves, window=12.0)
 
 
-# ------------------------------------------------------------------------------------------------- speech and audio
+# ------------------------------------------------------------------------------------------- speech and audio
 def test_synthesized_speech_is_transcribed_back(model, waves):
     for window in (30.0, 12.0):                           # the shortened window hears the same
         for text, heard in zip(SENTENCES, common.listen(model.asr, waves, window)):
@@ -56,10 +56,10 @@ def test_states_are_those_that_wrote_the_transcript(model, waves):
 
 
 def test_every_token_of_the_llm_has_the_states_that_wrote_it(model, monkeypatch):
-    """Against a character by character assignment, with states that name their token; accents and odd splits."""
+    """Against a character by character assignment, with states that name their token; accents, odd splits."""
     tokenizer = common.whisper_tokenizer(model.asr)
-    texts = ["Who was Tchaikovsky's teacher in 1865?", "Où est le café naïve, señor?", "Antidisestablishment,  now!",
-             "é", ""]
+    texts = ["Who was Tchaikovsky's teacher in 1865?", "Où est le café naïve, señor?",
+             "Antidisestablishment,  now!", "é", ""]
 
     def stub(asr, waves, window):                         # chosen transcripts instead of speech
         rows = [tokenizer.encode(" " + text if text else "") for text in texts]
@@ -104,15 +104,17 @@ def test_the_untrained_speechlm_reads_the_transcript(restored, sounds):
 def test_conditions_do_what_they_say(waves):
     wave = waves[1]
     noisy = common.add_noise(wave, torch.randn(len(wave), generator=torch.Generator().manual_seed(0)), 5.0)
-    assert 10 * math.log10(wave.square().mean() / (noisy - wave).square().mean()) == pytest.approx(5, abs=0.01)
+    noise = noisy - wave
+    assert 10 * math.log10(wave.square().mean() / noise.square().mean()) == pytest.approx(5, abs=0.01)
     mixed = common.babble(wave, 5.0, torch.Generator().manual_seed(3), waves) - wave
     assert 10 * math.log10(wave.square().mean() / mixed.square().mean()) == pytest.approx(5, abs=0.01)
     click = torch.zeros(common.RATE)
     click[0] = 0.5
     tail = common.perturb(click, "reverb:0.40", 0).square()
-    decay = 10 * math.log10(tail[3100:3300].mean() / tail[100:300].mean())                 # 3000 samples later
+    decay = 10 * math.log10(tail[3100:3300].mean() / tail[100:300].mean())                # 3000 samples later
     assert decay == pytest.approx(-60 * (3000 / common.RATE) / 0.40, abs=4)
-    spectrum = torch.fft.rfft(common.perturb(wave, "band:2500", 0)).abs() / torch.fft.rfft(wave).abs().clamp(min=1e-6)
+    spectrum = torch.fft.rfft(common.perturb(wave, "band:2500", 0)).abs()
+    spectrum = spectrum / torch.fft.rfft(wave).abs().clamp(min=1e-6)
     hertz = torch.fft.rfftfreq(len(wave), 1 / common.RATE)
     assert spectrum[(hertz > 300) & (hertz < 1000)].median() > 0.9 and spectrum[hertz > 6000].median() < 0.2
     frames = wave[:len(wave) // 320 * 320] + 1e-3
@@ -122,13 +124,15 @@ def test_conditions_do_what_they_say(waves):
     for condition in ("noise:10", "reverb:0.3", "band:3000", "babble:5", "loss:10"):
         a, b = (common.perturb(wave, condition, 7, waves) for _ in range(2))
         assert torch.equal(a, b) and a.abs().max() <= 1 and len(a) == len(wave), condition
-        assert condition == "band:3000" or not torch.equal(a, common.perturb(wave, condition, 8, waves)), condition
+        other = common.perturb(wave, condition, 8, waves)
+        assert condition == "band:3000" or not torch.equal(a, other), condition
     for condition in ("speed:2", "noise", "noise:loud"):
         with pytest.raises(common.UserError, match="not clean, noise:DB"):
             common.parse_condition(condition)
 
 
-@pytest.mark.parametrize("suffix, rate, channels", [("wav", 8000, 1), ("flac", 48000, 2), ("ogg", 16000, 1), ("mp3", 22050, 1)])
+@pytest.mark.parametrize("suffix, rate, channels", [
+    ("wav", 8000, 1), ("flac", 48000, 2), ("ogg", 16000, 1), ("mp3", 22050, 1)])
 def test_audio_of_any_kind_is_read(tmp_path, suffix, rate, channels):
     t = np.arange(rate) / rate
     path = tmp_path / f"tone.{suffix}"
@@ -140,7 +144,8 @@ def test_audio_of_any_kind_is_read(tmp_path, suffix, rate, channels):
 
 @pytest.mark.parametrize("wave, said", [
     (np.zeros(0), "silent"), (np.full(16000, 0.5), "silent"), (np.full(800, 0.1), "silent"),
-    (np.array([np.nan] * 16000), "silent, broken"), (np.random.default_rng(0).normal(0, .1, 16000 * 31), "longer than 30")])
+    (np.array([np.nan] * 16000), "silent, broken"),
+    (np.random.default_rng(0).normal(0, .1, 16000 * 31), "longer than 30")])
 def test_audio_that_is_no_speech_is_refused(tmp_path, wave, said):
     soundfile.write(tmp_path / "bad.wav", wave, 16000, "FLOAT")
     with pytest.raises(common.UserError, match=said):
@@ -148,20 +153,22 @@ def test_audio_that_is_no_speech_is_refused(tmp_path, wave, said):
 
 
 def test_files_that_are_no_audio_are_refused(tmp_path):
-    for name, content in (("empty.wav", b""), ("text.wav", b"hello"), ("cut.wav", struct.pack("<4sI4s", b"RIFF", 9, b"WAVE"))):
+    cut = struct.pack("<4sI4s", b"RIFF", 9, b"WAVE")
+    for name, content in (("empty.wav", b""), ("text.wav", b"hello"), ("cut.wav", cut)):
         (tmp_path / name).write_bytes(content)
     for name in ("empty.wav", "text.wav", "cut.wav", "gone.wav"):
         with pytest.raises(common.UserError, match=name):
             common.read_audio(tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------- one function for every LLM
+# --------------------------------------------------------------------------------- one function for every LLM
 def answers_of(model):
-    texts = ("The capital of France is Paris.", "Use salt and a hot oven for it.", "Je vais au magasin.", "Neil Armstrong.")
+    texts = ("The capital of France is Paris.", "Use salt and a hot oven for it.", "Je vais au magasin.",
+             "Neil Armstrong.")
     return [[model.answer_ids(text)] for text in texts]
 
 
-def changes(model, sounds):
+def changes(model):
     """log pi(y_t) with the adapter minus without, of each token: scored with and without gradient."""
     out = {}
     for name, grad in (("learner", True), ("scorer", False)):
@@ -172,29 +179,30 @@ def changes(model, sounds):
                 prompts = common.text_prompts(model.tokenizer, model.llm, SENTENCES, REQUESTS)
                 if grad:
                     prompts = [prompt.requires_grad_() for prompt in prompts]
-                parts.append(torch.cat(common.token_log_probs(model.llm, prompts, answers_of(model))).detach())
+                log_probs = common.token_log_probs(model.llm, prompts, answers_of(model))
+                parts.append(torch.cat(log_probs).detach())
             model.adapter.on = True
         out[name] = parts[0] - parts[1]
     return out
 
 
 @pytest.mark.parametrize("name", ["sft", "rba-single", "rba-group"])
-def test_what_is_trained_is_what_acts(restored, sounds, monkeypatch, name):
-    """Of a shipped checkpoint's change of log pi nothing is lost in the precision that users run: its slope on float32's
-    is at least 0.95 in every path (merged into bfloat16 weights it was 0.58)."""
+def test_what_is_trained_is_what_acts(restored, monkeypatch, name):
+    """Of a shipped checkpoint's change of log pi nothing is lost in the precision that users run: its slope
+    on float32's is at least 0.95 in every path (merged into bfloat16 weights it was 0.58)."""
     model, path = restored, ROOT / "assets" / f"{name}.pt"
     model.load(path)
     monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
     exact = common.SpeechLM(common.PRESETS["tiny"])
     exact.load(path)
-    wanted = changes(exact, sounds)["scorer"]
-    for path, change in changes(model, sounds).items():
+    wanted = changes(exact)["scorer"]
+    for path, change in changes(model).items():
         assert float(wanted @ change / (wanted @ wanted)) == pytest.approx(1, abs=0.05), path
 
 
 def test_sampler_learner_and_evaluator_are_one(restored, sounds):
-    """The log-probabilities that `sample` drew from are those that the learner gives its tokens, and both are near
-    float32's; what `answer` says greedily is what the learner finds likeliest, token by token."""
+    """The log-probabilities that `sample` drew from are those that the learner gives its tokens, and both are
+    near float32's; what `answer` says greedily is what the learner finds likeliest, token by token."""
     model, seen = restored, []
     move(model)
     head = model.llm.get_output_embeddings()
@@ -209,7 +217,7 @@ def test_sampler_learner_and_evaluator_are_one(restored, sounds):
     assert answers == model.answer(sounds[:1], [""], 24)
 
 
-def test_lora_is_w_plus_2_b_a(model):
+def test_lora_is_w_plus_2_b_a():
     """Value and gradients against a plain linear layer in float64."""
     torch.manual_seed(0)
     linear, adapter = torch.nn.Linear(48, 32, dtype=torch.bfloat16), common.Adapter()
@@ -223,11 +231,12 @@ def test_lora_is_w_plus_2_b_a(model):
     (y * g).sum().backward()
     (wanted * g).sum().backward()
     torch.testing.assert_close(x.grad.double(), z.grad, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(layer.lora_B.grad.double(), 2 * w.grad @ layer.lora_A.double().T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.lora_A.grad.double(), 2 * layer.lora_B.double().T @ w.grad, rtol=1e-4, atol=1e-4)
+    slope_b, slope_a = 2 * w.grad @ layer.lora_A.double().T, 2 * layer.lora_B.double().T @ w.grad
+    torch.testing.assert_close(layer.lora_B.grad.double(), slope_b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.lora_A.grad.double(), slope_a, rtol=1e-4, atol=1e-4)
     adapter.on = False
-    torch.testing.assert_close(layer(x.detach()).double(), F.linear(z, linear.weight.double(), linear.bias.double()),
-                               rtol=1e-2, atol=1e-2)
+    wanted = F.linear(z, linear.weight.double(), linear.bias.double())
+    torch.testing.assert_close(layer(x.detach()).double(), wanted, rtol=1e-2, atol=1e-2)
 
 
 def move(model, size=0.02):
@@ -269,7 +278,8 @@ def test_log_probabilities_are_the_original_models_loss(model, original):
         for prompt, [y], lp in zip(prompts, answers_of(model), got):
             inputs = torch.cat([prompt, original.get_input_embeddings()(torch.tensor(y))])[None]
             labels = torch.tensor([[-100] * len(prompt) + y])
-            assert float(-lp.mean()) == pytest.approx(float(original(inputs_embeds=inputs, labels=labels).loss), abs=0.03)
+            loss = original(inputs_embeds=inputs, labels=labels).loss
+            assert float(-lp.mean()) == pytest.approx(float(loss), abs=0.03)
 
 
 def test_text_llm_is_the_base_model_whatever_the_adapter(restored):
@@ -309,8 +319,8 @@ def merged(plain, adapted):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_answers_behind_one_prompt_are_sequences_of_their_own(toy, checkpointing):
-    """Packed log-probabilities and gradients against each (prompt, answer) through the whole plain model with merged
-    weights; prompts and numbers of answers unequal; with activation checkpointing the same."""
+    """Packed log-probabilities and gradients against each (prompt, answer) through the whole plain model with
+    merged weights; prompts and numbers of answers unequal; with activation checkpointing the same."""
     plain, adapted = toy
     if checkpointing:
         adapted.model.gradient_checkpointing_enable()
@@ -338,12 +348,12 @@ def test_answers_behind_one_prompt_are_sequences_of_their_own(toy, checkpointing
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])
 def test_sampled_sequences_follow_the_distribution(toy, temperature, top_p):
-    """Every sequence of up to three tokens of a vocabulary of five, enumerated; two prompts of unequal length, rows that
-    end and leave. top_p: the likeliest tokens that together hold that share."""
+    """Every sequence of up to three tokens of a vocabulary of five, enumerated; two prompts of unequal
+    length, rows that end and leave. top_p: the likeliest tokens that together hold that share."""
     plain, adapted = toy
     whole, prompts, end, n = merged(plain, adapted), [[1, 2, 3, 0, 2], [3]], 4, 3000
-    found = common.sample(adapted, [common.embed(adapted, ids) for ids in prompts], end, 3, [range(n), range(n, 2 * n)],
-                          temperature, top_p)
+    embedded = [common.embed(adapted, ids) for ids in prompts]
+    found = common.sample(adapted, embedded, end, 3, [range(n), range(n, 2 * n)], temperature, top_p)
     for ids, replies in zip(prompts, found):
         observed, expected = Counter((*answer, *[end] * ended) for answer, ended in replies), {}
 
@@ -366,11 +376,13 @@ def test_sampled_sequences_follow_the_distribution(toy, temperature, top_p):
         pairs = [(observed[key], expected[key]) for key in likely]
         pairs.append((n - sum(o for o, _ in pairs), n - sum(e for _, e in pairs)))
         square = sum((o - e) ** 2 / max(e, 1) for o, e in pairs)
-        assert len(likely) > 5 and square < len(likely) + 3.1 * math.sqrt(2 * len(likely))   # chi-square, p about 0.001
+        # chi-square, p about 0.001
+        assert len(likely) > 5 and square < len(likely) + 3.1 * math.sqrt(2 * len(likely))
 
 
 def test_attention_of_a_gpus_layout(toy, monkeypatch):
-    """On a GPU torch's kernels give a transposed buffer: heads and positions must not be confused, nor refused."""
+    """On a GPU torch's kernels give a transposed buffer: heads and positions must not be confused, nor
+    refused."""
     plain = F.scaled_dot_product_attention
     prompts = [common.embed(toy[1], ids) for ids in ([1, 2, 3, 0, 2], [3])]
     before = common.sample(toy[1], prompts, 4, 6, [range(4), range(4, 8)])
@@ -414,18 +426,20 @@ def test_chat_parts_are_the_chat_template(model):
 
 def test_gradients_reach_bridge_and_lora_and_nothing_else(restored, sounds):
     model = restored
-    [lp] = common.token_log_probs(model.llm, model.speech_prompts(sounds[:1], [""]), [[model.answer_ids("It is Paris.")]])
+    prompts = model.speech_prompts(sounds[:1], [""])
+    [lp] = common.token_log_probs(model.llm, prompts, [[model.answer_ids("It is Paris.")]])
     lp.sum().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert "bridge.weight" in reached and any("lora_B" in name for name in reached)
     assert reached <= model.trainable().keys()
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints, cache
+# ----------------------------------------------------------------------------------------- checkpoints, cache
 def test_checkpoints_round_trip_and_foreign_files_are_refused(restored, tmp_path):
     model = restored
     move(model)
-    content = {"format": common.CHECKPOINT, "config": model.config, "state": model.state(), "history": [{"seed": 0}]}
+    content = {"format": common.CHECKPOINT, "config": model.config, "state": model.state(),
+               "history": [{"seed": 0}]}
     common.write_torch(tmp_path / "a.pt", content)
     model.set_state(model.initial)
     assert model.load(tmp_path / "a.pt")["history"] == [{"seed": 0}]
@@ -466,5 +480,6 @@ def test_a_wheel_with_another_checksum_leaves_nothing_behind(tmp_path, monkeypat
 
 
 def test_embeddings_tell_likeness():
-    a, b, c = common.Embedder("minilm-l6")(["How do I bake bread?", "Tell me how bread is baked.", "The stock market fell."])
+    a, b, c = common.Embedder("minilm-l6")([
+        "How do I bake bread?", "Tell me how bread is baked.", "The stock market fell."])
     assert float(a @ a) == pytest.approx(1, abs=1e-5) and float(a @ b) > 0.7 > 0.3 > float(a @ c)

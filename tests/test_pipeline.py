@@ -1,4 +1,5 @@
-"""What the four scripts write in one run at the smallest size (conftest.py), and every system's answer to a recording."""
+"""What the four scripts write in one run at the smallest size (conftest.py), and every system's answer to a
+recording."""
 import json
 
 import torch
@@ -35,7 +36,7 @@ def test_samples_can_be_read(work):
             assert row["text"] == items[row["id"]]["text"] and row["role"] in ("positive", "negative", "")
             assert row["logp_answer"] < 0 and row["logp_y_ref"] < 0 and bool(row["role"]) != bool(row["why"])
     [start] = [row for row in log_of(work, "rba-group") if "sampled" in row]
-    assert {f"samples/reward/{row['voice']}" for row in rows} <= {f"samples/reward/{v}" for v in {r["voice"] for r in rows}}
+    assert {f"samples/reward/{row['voice']}" for row in rows} <= start.keys()
     assert start["samples/tokens"] > 0 and 0 <= start["samples/in_a_pair"] <= 1
 
 

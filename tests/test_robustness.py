@@ -30,7 +30,7 @@ def same_state(a, b, name, exact=True):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-# --------------------------------------------------------------------------------------------- kills and processes
+# ---------------------------------------------------------------------------------------- kills and processes
 @pytest.mark.slow
 def test_02_killed_in_its_writes_repeats_every_loss(copy):
     whole, killed = copy("whole"), copy("killed")
@@ -50,9 +50,11 @@ def test_03_killed_in_its_writes_repeats_samples_and_losses(copy):
     for at in (9, 8):
         die("03_rba_rl.py", killed, at, *GROUP)
     run_stage("03_rba_rl.py", killed, *GROUP)
-    assert log_of(whole, "rba-group") == log_of(killed, "rba-group") and same_state(whole, killed, "rba-group")
+    assert log_of(whole, "rba-group") == log_of(killed, "rba-group")
+    assert same_state(whole, killed, "rba-group")
     samples = [(work / "samples" / "rba-group.jsonl").read_text() for work in (whole, killed)]
-    assert samples[0] == samples[1] and {json.loads(line)["round"] for line in samples[0].splitlines()} == {0, 1}
+    assert samples[0] == samples[1]
+    assert {json.loads(line)["round"] for line in samples[0].splitlines()} == {0, 1}
 
 
 def test_01_killed_goes_on_with_two_processes(work, tmp_path):
@@ -61,7 +63,8 @@ def test_01_killed_goes_on_with_two_processes(work, tmp_path):
         die("01_synthesize.py", tmp_path / "work", at, *SIZES)
     run_stage("01_synthesize.py", tmp_path / "work", *SIZES, processes=2)
     for split in common.SPLITS:
-        assert (tmp_path / "work/data" / f"{split}.jsonl").read_bytes() == (work / "data" / f"{split}.jsonl").read_bytes()
+        mine, whole = (folder / "data" / f"{split}.jsonl" for folder in (tmp_path / "work", work))
+        assert mine.read_bytes() == whole.read_bytes()
     for wav in (work / "data/audio").iterdir():
         assert wav.read_bytes() == (tmp_path / "work/data/audio" / wav.name).read_bytes()
 
@@ -95,9 +98,12 @@ def test_two_processes_have_the_gradients_of_one(copy, script, flags):
         assert (one - two).norm() <= 1e-3 * one.norm() + 1e-7
     for one, two in zip(*logs):
         losses = [key for key in one if key.startswith("loss")]
-        assert one.keys() == two.keys() and [one[key] for key in losses] == pytest.approx([two[key] for key in losses], rel=1e-3)
+        assert one.keys() == two.keys()
+        wanted = [two[key] for key in losses]
+        assert [one[key] for key in losses] == pytest.approx(wanted, rel=1e-3)
     if "03" in script:
-        one, two = (common.read_jsonl(work.with_name(name) / "samples" / "x.jsonl") for name in ("of-1", "of-2"))
+        one, two = (common.read_jsonl(work.with_name(name) / "samples" / "x.jsonl")
+                    for name in ("of-1", "of-2"))
         assert [row["answer"] for row in one] == [row["answer"] for row in two]
 
 
@@ -119,7 +125,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
-# -------------------------------------------------------------------------------------------- what users get wrong
+# --------------------------------------------------------------------------------------- what users get wrong
 def edit(split, **fields):
     def change(work):
         path = work / "data" / f"{split}.jsonl"
@@ -159,17 +165,20 @@ BAD = {
     "another preset": ("02_sft_warmup.py", ["--preset", "small"], None, "were made with tiny"),
     "another teacher": ("02_sft_warmup.py", ["--teacher", "gpt2"], None, "were made with smollm2-135m"),
     "no data": ("02_sft_warmup.py", [], remove("data/train.jsonl"), "missing; run 01_synthesize.py first"),
-    "half a line": ("02_sft_warmup.py", [], write("data/train.jsonl", b'{"id": 1}\n{"id"'), "train.jsonl:2: no JSON object"),
+    "half a line": ("02_sft_warmup.py", [], write("data/train.jsonl", b'{"id": 1}\n{"id"'),
+                    "train.jsonl:2: no JSON object"),
     "a field lacks": ("02_sft_warmup.py", [], drop_field, "item 0-2 lacks response"),
     "no recording": ("02_sft_warmup.py", [], remove("data/audio/0-1.wav"), "0-1.wav"),
     "silence": ("02_sft_warmup.py", [], silence, "0-1.wav: silent"),
     "a path outside": ("02_sft_warmup.py", [], edit("train", audio="../../secret.wav"), "leaves"),
     "no sft": ("03_rba_rl.py", [], None, "sft.pt: missing; run the stage that writes it first"),
     "no checkpoint": ("03_rba_rl.py", [], write("sft.pt", b"zip"), "sft.pt: no checkpoint of this repo"),
-    "rounds": ("03_rba_rl.py", ["--init", "none", "--rounds", 9, "--max-steps", 2], None, "--rounds 9: more than the 2 updates"),
+    "rounds": ("03_rba_rl.py", ["--init", "none", "--rounds", 9, "--max-steps", 2], None,
+               "--rounds 9: more than the 2 updates"),
     "out without objective": ("03_rba_rl.py", ["--out", "x"], None, "--out is for one --objective"),
     "nothing to evaluate": ("04_evaluate.py", ["--systems", "kd"], None, "kd"),
-    "a condition": ("04_evaluate.py", ["--conditions", "clean,rain:3"], write("sft.pt", b"zip"), "condition rain:3"),
+    "a condition": ("04_evaluate.py", ["--conditions", "clean,rain:3"], write("sft.pt", b"zip"),
+                    "condition rain:3"),
     "a recording": ("04_evaluate.py", ["--ask", "gone.wav", "--systems", "base"], None, "gone.wav"),
     "a voice": ("01_synthesize.py", ["--train", "poems=3"], None, "poems=3 is not TASK=NUMBER")}
 
@@ -195,6 +204,7 @@ def test_bad_input_is_one_line(name, copy, model, monkeypatch, capsys):
 def test_another_configuration_is_refused(copy):
     work = copy()
     run_stage("02_sft_warmup.py", work, "--objective", "sft", "--max-steps", 1, "--batch-size", 1)
-    out = finish(start("02_sft_warmup.py", work, "--objective", "sft", "--max-steps", 2, "--batch-size", 1), expect=2)
+    again = start("02_sft_warmup.py", work, "--objective", "sft", "--max-steps", 2, "--batch-size", 1)
+    out = finish(again, expect=2)
     assert "made with steps 1, not 2; use another --work or --out" in out
     assert os.listdir(work).count("sft.pt") == 1
