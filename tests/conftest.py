@@ -139,9 +139,8 @@ def groups(tmp_path_factory):
     return write_groups(tmp_path_factory.mktemp("groups") / "work")
 
 
-SIZES = ("--train", "instruct=3,sqa=3,s2tt=2", "--valid", "instruct=1,sqa=1,s2tt=1",
-         "--test", "instruct=2,sqa=2,s2tt=1")
-TRAIN = ("--max-steps", 2, "--batch-size", 3)
+SIZES = ("--train", "instruct=2,sqa=3,s2tt=1", "--valid", "instruct=1,sqa=1", "--test", "instruct=2,sqa=2,s2tt=1")
+TRAIN = ("--max-steps", 1, "--batch-size", 3)
 
 
 @pytest.fixture(scope="session")

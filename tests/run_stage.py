@@ -45,7 +45,7 @@ def main():
     script, *flags = sys.argv[1:]
     sys.argv = [script, *flags]
     common, stage = importlib.import_module("common"), importlib.import_module(script.removesuffix(".py"))
-    common.PRESETS["tiny"] |= {"max_new": 24, "held_out": 2, "conditions": "clean,babble:8"}
+    common.PRESETS["tiny"] |= {"max_new": 20, "held_out": 2, "conditions": "clean,babble:8"}
     common.SAVE_EVERY = 2
     for name, size in TEST_SIZES.items():
         if hasattr(stage, name):

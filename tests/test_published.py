@@ -241,6 +241,7 @@ def test_a_published_student_goes_through_all_stages(published, run, work):
 
 
 @only_qwen2_audio
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(published, work):
     """At a low temperature: where 49155 tokens are about as likely, rounding would choose another one."""
     found, flags = [], ("--objective", "rba-single", "--init", "none", "--max-steps", 1, "--batch-size", 3)

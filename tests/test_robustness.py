@@ -57,6 +57,7 @@ def test_03_killed_in_its_writes_repeats_samples_and_losses(copy):
     assert {json.loads(line)["round"] for line in samples[0].splitlines()} == {0, 1}
 
 
+@pytest.mark.slow
 def test_01_killed_goes_on_with_two_processes(work, tmp_path):
     from conftest import SIZES
     for at in (2, 12):
