@@ -41,7 +41,7 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
          "temperature": dict(type=float, help="T at which the samples are drawn"),
          "reward": dict(choices=("semantic", "rm"), help="r of rba-group"),
          "reward-model": dict(help="of --reward rm: directory or hub id"),
-         "reference": dict(choices=("sft", "none"), help="none: V = pi_theta"),
+         "reference": dict(choices=("sft", "none"), default="sft", help="none: V = pi_theta"),
          "rounds": dict(type=common.count, help="how often samples are drawn"),
          "control": dict(choices=("shuffled", "positive", "text"), default="none", help="what must not work "
                          "as well: pairs by chance; no negative; the true words in the place of speech"),
