@@ -87,19 +87,21 @@ def distillation(model, teacher, items, heard):
 # --------------------------------------------------------------------------------------------------- training
 def train(model, items, heard, run, args, loss_of):
     """Updates of `loss_of(items, heard)` (N,), averaged over the utterances of a batch of groups."""
-    groups = list(common.groups_of(items).values())
+    groups, answer_tokens, sizes = list(common.groups_of(items).values()), [], []
+    for item, row in zip(items, heard):
+        answer_tokens.append(len(model.answer_ids(item["response"])))
+        sizes.append(common.PROMPT_TOKENS + len(row["ids"]) + len(item["response"]) // 4)
     for step in run.updates():
         batch = common.batch_of_groups(groups, args.batch_size, step, args.seed)
-        mine, total = batch[common.rank()::common.world()], 0.0
-        mine.sort(key=lambda i: len(heard[i]["ids"]) + len(items[i]["response"]) // 4)
-        lengths = [len(heard[i]["ids"]) + len(items[i]["response"]) // 4 + common.PROMPT_TOKENS for i in mine]
+        mine, total = sorted(batch[common.rank()::common.world()], key=sizes.__getitem__), 0.0
+        lengths = [sizes[i] for i in mine]
         for chunk in common.token_batches(lengths, args.micro_tokens):
             chosen = [mine[at] for at in chunk]
             losses = loss_of([items[i] for i in chosen], [heard[i] for i in chosen])       # (n,)
             loss = losses.sum() / len(batch)           # a global constant: micro-batches and processes add up
             loss.backward()
             total += float(loss.detach())
-        tokens = sum(len(model.answer_ids(items[i]["response"])) for i in batch)
+        tokens = sum(answer_tokens[i] for i in batch)
         total = sum(common.gather([total]))
         run.update({"loss": total, "loss_per_token": total * len(batch) / tokens, "utterances": len(batch)})
     run.finish()

@@ -30,10 +30,8 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
 import urllib.request
 import zipfile
-from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
