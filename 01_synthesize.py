@@ -7,7 +7,7 @@ The paper's self-synthesis of data (arXiv 2509.03526): no human words, recording
    is written and spoken like the rest (paper: public recordings).
 2. [paper] It answers x and the typed request p: y_ref; for `sqa` (RBA-QA) in one to five words. [ours]
    Greedily, under the one system turn that stands before every x to be answered, by teacher or student.
-3. [paper] What nobody would say aloud is dropped. [ours] Which filters do that; near duplicates too.
+3. [paper] What nobody would say aloud is dropped. [ours] Which filters do that; rewordings too.
 4. [paper] S = 4 different voices speak every instruction, one voice an `sqa`. [ours] They are Piper's and
    Kokoro's (paper: 2,456 LibriTTS voices cloned by CosyVoice); speed, pitch, filler; half of the voices of
    `test` occur nowhere else; the acoustic condition in which training will hear the utterance.
@@ -22,13 +22,11 @@ Batches are numbered, and seeded by (seed, task, number): no kill and no number 
 import functools
 import itertools
 import json
-import math
 import os
 import random
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import common                                             # first: it says in one line what is missing
@@ -100,25 +98,10 @@ def check_answer(task, text, answer, ended):
     return ""
 
 
-class NearDuplicates:
-    """Texts so far; near duplicates are two whose word bigrams have a Jaccard index of 0.7 or more. [ours]"""
-
-    def __init__(self):
-        self.holders = defaultdict(list)                  # bigram -> the sets that hold it
-
-    def seen(self, text):
-        """Whether an earlier text is a near duplicate; where none is, this one joins them."""
-        words = ["<"] + re.findall(r"[a-z0-9]+", text.lower()) + [">"]
-        grams = set(zip(words, words[1:]))
-        # A near duplicate shares 0.7 n of the n bigrams, so at least one of any 0.3 n + 1: of the rarest.
-        few = len(grams) - math.ceil(0.7 * len(grams) - 1e-9) + 1
-        for gram in sorted(grams, key=lambda gram: len(self.holders[gram]))[:few]:
-            for earlier in self.holders[gram]:
-                if len(grams & earlier) / len(grams | earlier) >= 0.7:
-                    return True
-        for gram in grams:
-            self.holders[gram].append(grams)
-        return False
+def content_words(text):
+    """What two wordings of one instruction have in common: they count as one instruction. [ours]"""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return frozenset(words) - COMMON_WORDS or frozenset(words)
 
 
 # ----------------------------------------------------------------------------- 1, 2: instructions and answers
@@ -250,45 +233,40 @@ def batch_rows(task, batch, args):
     return common.read_jsonl(batch_path(args, task, batch), "01_synthesize.py")
 
 
-def write_texts(task, wanted, duplicates, args):
+def write_texts(task, wanted, args):
     """Batch after batch of a task, until `wanted` rows are not dropped -> all rows of these batches. Every
     process reads the same batches, so all stop at the same one."""
-    rows, good, batch = [], 0, 0
+    rows, known, batch = [], set(), 0
     bar = tqdm(desc=f"write {task}", unit="group", total=wanted, disable=common.rank() > 0)
-    while good < wanted:
+    while len(known) < wanted:
         for row in batch_rows(task, batch, args):
-            if not row["dropped"] and duplicates.seen(row["text"]):
-                row["dropped"] = "near duplicate"
+            words = content_words(row["text"])
+            if not row["dropped"] and words in known:
+                row["dropped"] = "duplicate"
             if not row["dropped"]:
-                good += 1
+                known.add(words)
                 bar.update()
             rows.append(row)
         batch += 1
-        if batch > good + 20:
-            raise UserError(f"{args.teacher}: {batch} batches of {task} hold {good} turns that pass the "
-                            "filters; choose another teacher, or no groups of that task")
+        if batch > len(known) + 20:
+            raise UserError(f"{args.teacher}: {batch} batches of {task} hold {len(known)} turns that pass "
+                            "all filters; choose another teacher, or no groups of that task")
     bar.close()
     return rows
 
 
 # -------------------------------------------------------------------------------------------------- 4: groups
-def with_spare(wanted):
-    """Groups to speak for `wanted`: a tenth more, as a voice's gross failures drop some."""
-    return wanted + math.ceil(wanted / 10)
-
-
 def assign_splits(rows, counts, seed):
-    """Rows -> {split: rows}, with_spare of counts {split: {task: groups}}. A group is in one split; a
-    split, and any prefix of it, mixes its tasks."""
+    """Rows -> {split: rows} by counts {split: {task: groups}}. A group is in one split; a split, and any
+    prefix of it, mixes its tasks."""
     splits = {split: [] for split in SPLITS}
     chooser = random.Random(derive_seed(seed, "splits"))
     for task in TASKS:
         left = [row for row in rows if row["task"] == task and not row["dropped"]]
         chooser.shuffle(left)
         for split in reversed(SPLITS):
-            share = with_spare(counts[split][task])
-            splits[split] += left[:share]
-            left = left[share:]
+            splits[split] += left[:counts[split][task]]
+            left = left[counts[split][task]:]
     for split in SPLITS:
         chooser.shuffle(splits[split])
     return splits
@@ -309,15 +287,30 @@ def utterances_of(row, split, voices, unheard, args):
     group, task, items = row["id"], row["task"], []
     seed = derive_seed(args.seed, group, "voices")
     for s, voice in enumerate(choose_voices(voices, unheard, split, task, args.voices_per_item, seed)):
-        items.append(dict(
+        item = dict(
             id=f"{group}-{s}", group=group, split=split, task=task,
             language=args.language if task == "s2tt" else "English",
             text=row["text"], prompt=common.REQUESTS[task].format(language=args.language),
-            response=row["response"], reference=[row["response"]],
-            audio=f"audio/{group}-{s}.wav", seconds=0.0, voice=voice, delivery="", condition="clean",
-            transcript="", wer=1.0, seed=derive_seed(args.seed, group, s),
-            teacher=args.teacher.rpartition("#")[2]))     # the model, wherever a server stands
+            response=row["response"], reference=[row["response"]], audio=f"audio/{group}-{s}.wav",
+            voice=voice, seed=derive_seed(args.seed, group, s),
+            teacher=args.teacher.rpartition("#")[2])      # the model, wherever a server stands
+        items.append(item | draw_delivery(item, args.train_conditions))
     return items
+
+
+def draw_delivery(item, conditions):
+    """How an utterance is spoken, and where training hears it, from its own seed: `spoken`, x perhaps with a
+    pause or filler, which x itself has not; `speed` and `pitch`, factors; `condition`, acoustic."""
+    rng = random.Random(item["seed"])
+    words, condition = item["text"].split(), rng.choice(conditions.split(","))
+    if rng.random() < 0.2 and len(words) > 3:
+        at = rng.randrange(1, len(words) - 1)
+        words[at] = words[at].rstrip(",") + rng.choice((",", ", um,", ", uh,"))
+    if bounds := re.fullmatch(r"(.+):(-?[\d.]+)-(-?[\d.]+)", condition):                   # babble:4-14
+        condition = f"{bounds[1]}:{rng.uniform(float(bounds[2]), float(bounds[3])):.2f}"
+    return dict(spoken=" ".join(words), speed=round(rng.uniform(0.85, 1.25), 3),
+                pitch=round(2 ** (rng.uniform(-2, 2) / 12), 3),
+                condition="clean" if item["split"] == "test" else condition)
 
 
 def in_batches(groups, size):
@@ -377,23 +370,23 @@ class Kokoro:
 
 def voice_names(spec):
     """Comma list -> names of voices: `piper-joe` and `kokoro-STYLE` (embedded), PATH.onnx (a Piper voice),
-    PATH.onnx#7 or PATH.onnx#0-903 (speakers of one). UserError for anything else."""
+    PATH.onnx#7 or PATH.onnx#0-903 (speakers of one), DIR (every voice in it). UserError for anything else."""
     embedded, names = ["piper-joe"], []
     if "kokoro-" in spec:
         embedded += [f"kokoro-{style}" for style in np.load(f"{common.resolve('kokoro')}/voices.npz").files]
     for entry in filter(None, spec.split(",")):
         path, speaker, last = re.fullmatch(r"(.*?)(?:#(\d+)(?:-(\d+))?)?", entry).groups()
-        config, known = Path(f"{path}.json"), 0
+        config, known, first = Path(f"{path}.json"), 0, int(speaker or 0)
         if config.is_file():
             known = json.loads(config.read_text(encoding="utf-8"))["num_speakers"]
-        speakers = range(int(speaker or 0), int(last or speaker or 0) + 1)
-        if entry not in embedded and speakers.stop > known:
+        speakers, folder = range(first, int(last or first) + 1), sorted(Path(entry).glob("*.onnx"))
+        if entry not in embedded and not folder and speakers.stop > known:
             raise UserError(f"voice {entry}: neither {', '.join(embedded)}, nor Piper's PATH.onnx with "
-                            f"PATH.onnx.json beside it, nor PATH.onnx#0-903 of its {known} speakers")
-        if speaker is None:
-            names.append(entry)
-        else:
+                            f"PATH.onnx.json beside it, PATH.onnx#0-903 of its {known} speakers, a folder")
+        if speaker:
             names += [f"{path}#{number}" for number in speakers]
+        else:
+            names += map(str, folder or [entry])
     return names
 
 
@@ -406,50 +399,17 @@ def load_voice(name):
         return Piper(path if path.endswith(".onnx") else f"{path}/voice.onnx")
 
 
-@dataclass
-class Delivery:
-    """How an utterance is spoken, and where it is heard."""
-    voice: str
-    words: str                                            # x, perhaps with a filler
-    speed: float                                          # factors
-    pitch: float
-    condition: str                                        # acoustic, of training
-    description: str
-
-
-def draw_condition(conditions, rng):
-    """"babble:4-14,clean" -> e.g. "babble:7.31": one of them, and a number within its range."""
-    condition = rng.choice(conditions.split(","))
-    if bounds := re.fullmatch(r"(.+):(-?[\d.]+)-(-?[\d.]+)", condition):
-        return f"{bounds[1]}:{rng.uniform(float(bounds[2]), float(bounds[3])):.2f}"
-    return condition
-
-
-def draw_delivery(item, conditions):
-    """All from the utterance's own seed. A pause or filler is spoken, but x stays as the teacher wrote it."""
-    rng = random.Random(item["seed"])
-    speed = rng.uniform(0.85, 1.25)
-    semitones = rng.uniform(-2, 2)
-    condition = "clean" if item["split"] == "test" else draw_condition(conditions, rng)
-    words, description = item["text"].split(), f"speed:{speed:.2f} pitch:{semitones:+.1f}"
-    if rng.random() < 0.2 and len(words) > 3:
-        at = rng.randrange(1, len(words) - 1)
-        words[at] = words[at].rstrip(",") + rng.choice((",", ", um,", ", uh,"))
-        description += " filler"
-    return Delivery(item["voice"], " ".join(words), speed, 2 ** (semitones / 12), condition, description)
-
-
-def speak(deliveries, threads=1):
-    """N deliveries -> N waves (samples,) float32 at 16 kHz, peak 0.9. Pitch r at speed v: spoken at v / r and
+def speak(items, threads=1):
+    """N items -> N waves (samples,) float32 at 16 kHz, peak 0.9. Pitch r at speed v: spoken at v / r and
     resampled by r."""
     spoken, waves = [], []
     with ThreadPoolExecutor(threads) as pool:
-        for delivery in deliveries:
-            key, _, speaker = delivery.voice.partition("-" if delivery.voice.startswith("kokoro-") else "#")
+        for item in items:
+            key, _, speaker = item["voice"].partition("-" if item["voice"].startswith("kokoro-") else "#")
             voice = load_voice(key)
-            phonemes = voice.pronounce(delivery.words)    # espeak allows one thread at a time, a network many
-            wave = pool.submit(voice.say, phonemes, speaker, delivery.speed / delivery.pitch)
-            rate = int(voice.rate * delivery.pitch) // 50 * 50      # divisors shared with 16 kHz make it fast
+            phonemes = voice.pronounce(item["spoken"])    # espeak allows one thread at a time, a network many
+            wave = pool.submit(voice.say, phonemes, speaker, item["speed"] / item["pitch"])
+            rate = int(voice.rate * item["pitch"]) // 50 * 50       # divisors shared with 16 kHz make it fast
             spoken.append((wave, rate))
     for wave, rate in spoken:
         samples = torch.from_numpy(np.asarray(wave.result(), np.float32))
@@ -460,12 +420,11 @@ def speak(deliveries, threads=1):
 
 def write_speech(items, asr, args):
     """Speak a batch of utterances into its wav files and let Whisper listen to them; fills in the items."""
-    deliveries = [draw_delivery(item, args.train_conditions) for item in items]
-    waves = speak(deliveries, max(1, os.cpu_count() // common.world()))
-    for item, delivery, wave, heard in zip(items, deliveries, waves, common.listen(asr, waves, args.window)):
+    waves = speak(items, max(1, os.cpu_count() // common.world()))
+    for item, wave, heard in zip(items, waves, common.listen(asr, waves, args.window)):
         errors, words = common.word_errors(item["text"], heard["text"])
-        item.update(seconds=round(len(wave) / RATE, 3), delivery=delivery.description,
-                    condition=delivery.condition, transcript=heard["text"], wer=round(errors / words, 4))
+        item |= dict(seconds=round(len(wave) / RATE, 3), transcript=heard["text"],
+                     wer=round(errors / words, 4))
         write = functools.partial(soundfile.write, data=wave.numpy(), samplerate=RATE, format="WAV")
         common.write_atomic(args.work / "data" / item["audio"], write)                    # 16 bits
 
@@ -485,47 +444,32 @@ def speak_groups(groups, args):
 
 
 # ------------------------------------------------------------------------------------ 5: splits and data card
-def select(items, counts, max_seconds):
-    """Utterances as they were spoken -> {split: utterances}, of each task as many groups as are wanted; and
-    {group: filter} of the groups that one of their utterances drops."""
-    failed, taken = {}, defaultdict(set)                  # taken: (split, task) -> groups
-    splits = {split: [] for split in SPLITS}
+def failed_groups(items, max_seconds):
+    """{group: filter} of the groups that one of their utterances, as it was spoken, drops."""
+    failed = {}
     for item in items:
         if item["seconds"] > max_seconds:
             failed[item["group"]] = "too long to hear"
         elif item["wer"] > GROSS_WER:
             failed[item["group"]] = "gross WER"
-    for item in items:
-        group, split, task = item["group"], item["split"], item["task"]
-        groups = taken[split, task]
-        if group not in failed and (group in groups or len(groups) < counts[split][task]):
-            groups.add(group)
-            splits[split].append(item)
-    return splits, failed
+    return failed
 
 
-def data_card(splits, spoken, rows, args):
+def data_card(splits, rows, args):
     """data/card.md: what to know before training on these files."""
     card = (f"# Data card\n\nWritten by 01_synthesize.py: preset `{args.preset}`, seed {args.seed}, teacher "
             f"`{args.teacher}`. Nothing here was written, spoken or checked by a person.\n\n"
-            "| split | task | groups | utterances | hours | groups whose transcripts agree |\n"
-            "|---|---|---|---|---|---|\n")
+            "| split | task | groups | utterances | hours | WER, clean | groups whose transcripts agree |\n"
+            "|---|---|---|---|---|---|---|\n")
     for split, task in itertools.product(SPLITS, TASKS):
-        items = [item for item in splits[split] if item["task"] == task]
-        heard = defaultdict(set)                          # group -> what Whisper heard in its voices
-        for item in items:
+        items, heard = [item for item in splits[split] if item["task"] == task], defaultdict(set)
+        for item in items:                                # group -> what Whisper heard in its voices
             heard[item["group"]].add(common.normalise(item["transcript"]))
         agreeing = sum(len(transcripts) == 1 for transcripts in heard.values())
         share = "one voice" if task == "sqa" else f"{agreeing / max(1, len(heard)):.0%}"
         hours = sum(item["seconds"] for item in items) / 3600
-        card += f"| {split} | {task} | {len(heard)} | {len(items)} | {hours:.3f} | {share} |\n"
-
-    errors = defaultdict(list)                            # of all that was spoken, dropped or not
-    for item in spoken:
-        errors[item["voice"]].append(item["wer"])
-    card += "\n| voice | utterances | mean WER of Whisper on the clean speech |\n|---|---|---|\n"
-    for voice, wers in sorted(errors.items()):
-        card += f"| {voice} | {len(wers)} | {np.mean(wers):.3f} |\n"
+        wer = common.mean(item["wer"] for item in items) or 0
+        card += f"| {split} | {task} | {len(heard)} | {len(items)} | {hours:.3f} | {wer:.3f} | {share} |\n"
 
     turns = defaultdict(Counter)                          # first filter failed -> task -> user turns
     for row in rows:
@@ -536,8 +480,7 @@ def data_card(splits, spoken, rows, args):
 
     card += "\nTen utterances of train:\n\n"
     for item in random.Random(args.seed).sample(splits["train"], min(10, len(splits["train"]))):
-        card += (f"- `{item['id']}` ({item['voice']}, {item['delivery']}, {item['condition']}): "
-                 f"{item['text']} → {item['response']}\n")
+        card += f"- `{item['id']}` ({item['voice']}): {item['text']} → {item['response']}\n"
     return card
 
 
@@ -576,10 +519,9 @@ def main():
     common.record_config(data / "config.json", config)
 
     # ---- 1, 2, 3: instructions, answers, filters
-    rows, duplicates = [], NearDuplicates()
+    rows = []
     for task in TASKS:
-        wanted = sum(with_spare(counts[split][task]) for split in SPLITS)
-        rows += write_texts(task, wanted, duplicates, args)
+        rows += write_texts(task, sum(counts[split][task] for split in SPLITS), args)
     # ---- 4: groups of voices, speech
     groups = []
     for split, chosen in assign_splits(rows, counts, args.seed).items():
@@ -588,12 +530,15 @@ def main():
     if common.rank() > 0:
         return
     # ---- 5: what was spoken well, and its card
-    splits, failed = select(spoken, counts, args.max_seconds)
-    for row in rows:
-        row["dropped"] = row["dropped"] or failed.get(row["id"], "")
+    failed, splits = failed_groups(spoken, args.max_seconds), {split: [] for split in SPLITS}
+    for item in spoken:
+        if item["group"] not in failed:
+            splits[item["split"]].append(item)
     for split in SPLITS:
         common.write_jsonl(data / f"{split}.jsonl", splits[split])
-    card = data_card(splits, spoken, rows, args)
+    for row in rows:
+        row["dropped"] = row["dropped"] or failed.get(row["id"], "")
+    card = data_card(splits, rows, args)
     common.write_text(data / "card.md", card)
     print(card)
 
