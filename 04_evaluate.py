@@ -1,13 +1,12 @@
 """Stage 4: the paper's tables. Every system answers the same held-out speech, clean and under noise.
 
 Systems: `text` the teacher on the true words x ([paper] Ref; on our items y_ref), `base` the student before
-training ([ours] of the assembled student that is Whisper's transcript, read by its LLM), `cascade` that same
-reading beside a published SpeechLM, and what was trained, DIR/NAME.pt. A system has one checkpoint or more:
-NAME-s1.pt, NAME-s2.pt are further training seeds of NAME.
+training ([ours] the assembled student's is the cascade: Whisper's transcript, read by its LLM), and what was
+trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the system NAME.
 
 1. [paper] Instruction following: win rate (WR) and length-controlled win rate (LC) by GPT-4o, against base,
    text, sft. [ours] --judge: an LLM by URL, asked in both orders, or a reward model; else the answer closer
-   to y_ref wins. Spoken-Alpaca, the paper's set out of domain, goes in by --data as a JSONL.
+   to y_ref wins. Spoken-Alpaca, the paper's set out of domain, goes in by --data FILE.jsonl.
 2. [paper] Spoken question answering: accuracy. [ours] An answer is right that holds a reference's words as
    one run, after Whisper's normalisation: the paper does not give its rule.
 3. [paper] Translation: corpus BLEU (sacrebleu as it is, its version in results.json); [ours] chrF beside it.
@@ -51,11 +50,11 @@ FLAGS = {
     "systems": dict(help="comma-separated; default: all that DIR holds"),
     "conditions": dict(help="comma-separated, e.g. clean,babble:8,reverb:0.6; the second leads contrasts"),
     "data": dict(metavar="FILE|KIND:PATH", help="JSONL (id, audio, task, instruction, reference), or a KIND: "
-                 "llama_questions, openaudiobench, voicebench, covost2, mustc, fleurs"),
+                 "llama_questions, openaudiobench, covost2, mustc, fleurs"),
     "judge": dict(metavar="URL|MODEL", help="an LLM at http://HOST:PORT/v1[#MODEL], or a reward model"),
     "ask": dict(metavar="FILE", help="one recording: print every system's answer"),
     "draw": dict(metavar="FILE", help="a results.json: write its tables and figure beside it")}
-UNTRAINED = ("text", "base", "cascade")
+UNTRAINED = ("text", "base")
 ORDER = (*UNTRAINED, "sft", "sft+", "kd", "rba-single", "rba-group")   # other names follow
 OPPONENTS = ("base", "text", "sft")                       # [paper] Base, Ref, SFT
 CONTRASTS = (("rba-single", "sft+"), ("rba-group", "sft+"), ("rba-group", "rba-single"))   # planned
@@ -99,8 +98,7 @@ QUESTIONS = {                                             # table: recording, qu
     "llama_questions_300.tsv": ("Wav Filename", "Questions", "Answer", None),
     "llama_questions.csv": ("audio_filename", "Questions", "Answer", None),
     "web_questions.csv": ("audio_filename", "question", "answers", ";"),
-    "trivia_qa.csv": ("audio_filename", "question", "answer_normalized_aliases", ","),
-    "alpaca_eval.csv": ("audio_filename", "instruction", "output", None)}
+    "trivia_qa.csv": ("audio_filename", "question", "answer_normalized_aliases", ",")}
 
 
 def table_rows(path, **dialect):
@@ -119,17 +117,7 @@ def question_table(path):
     for row in table_rows(table, **TSV if google else {}):
         references = row[answer].split(between) if between else [row[answer]]
         yield dict(audio=row[recording] if google else f"audios/{row[recording]}", text=row[question],
-                   reference=references, task="instruct" if table.stem == "alpaca_eval" else "sqa")
-
-
-def voicebench(path):
-    """JSONL of audio, prompt and, unless a judge is to compare, reference (one or a list)."""
-    for row in common.read_jsonl(path):
-        references = row.get("reference") or []
-        if references in ("A", "B", "C", "D"):            # "a" stands in nearly every answer
-            raise ValueError("a letter is the reference: multiple choice is not scored here")
-        yield dict(audio=row["audio"], text=row["prompt"], reference=references,
-                   task="sqa" if references else "instruct")
+                   reference=references)
 
 
 def covost2(path):
@@ -171,8 +159,8 @@ def own_items(path):
         yield row | dict(text=row.get("text") or row["instruction"])
 
 
-READERS = {"llama_questions": question_table, "openaudiobench": question_table, "voicebench": voicebench,
-           "covost2": covost2, "mustc": mustc, "fleurs": fleurs}
+READERS = {"llama_questions": question_table, "openaudiobench": question_table, "covost2": covost2,
+           "mustc": mustc, "fleurs": fleurs}
 
 
 def complete(item, number, language):
@@ -183,7 +171,8 @@ def complete(item, number, language):
     code = item.get("language", language).replace("cmn", "zh")             # FLEURS' Mandarin
     item["language"] = LANGUAGES.get(code, code).title()
     item.setdefault("prompt", common.REQUESTS[item["task"]].format(language=item["language"]))
-    references = item["reference"] if isinstance(item["reference"], list) else [item["reference"]]
+    references = item.get("reference", [])
+    references = references if isinstance(references, list) else [references]
     texts = [str(text).strip() for text in references]
     item["reference"] = [text for text in texts if common.has_words(text)] or texts[:1]
 
@@ -249,16 +238,6 @@ def of_task(rows, task):
     return [row for row in rows if row["task"] == task]
 
 
-def read_by_llm(tokenizer, llm, end_id, texts, prompts, max_new):
-    """Greedy answers of a text LLM to words x and requests p: N strings."""
-    answers, embedded = [None] * len(texts), common.text_prompts(tokenizer, llm, texts, prompts)
-    for chosen in common.by_length(list(map(len, embedded)), 64):
-        replies = common.sample(llm, [embedded[i] for i in chosen], end_id, max_new)
-        for i, [(ids, _)] in zip(chosen, replies):
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return answers
-
-
 def answer(model, checkpoint, items, heard, args):
     """Greedy answers to N items, whose speech Whisper and the SpeechLM `heard`: N strings."""
     prompts = field(items, "prompt")
@@ -267,44 +246,32 @@ def answer(model, checkpoint, items, heard, args):
             return field(items, "response")
         tokenizer, llm = common.load_llm(args.teacher, model.device)
         end_id = common.chat_parts(tokenizer)[2]
-        return read_by_llm(tokenizer, llm, end_id, field(items, "text"), prompts, args.max_new)
-    if checkpoint == "cascade":
-        with model.as_text_llm() as llm:
-            texts = field(heard, "text")
-            return read_by_llm(model.tokenizer, llm, model.end_id, texts, prompts, args.max_new)
+        embedded = common.text_prompts(tokenizer, llm, field(items, "text"), prompts)
+        answers = [None] * len(items)
+        for chosen in common.by_length(list(map(len, embedded)), 64):
+            replies = common.sample(llm, [embedded[i] for i in chosen], end_id, args.max_new)
+            for i, [(ids, _)] in zip(chosen, replies):
+                answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return answers
     model.load(args.work / f"{checkpoint}.pt" if checkpoint != "base" else "none")
     return [reply.text for reply in model.answer(heard, prompts, args.max_new)]
 
 
-def answer_key(checkpoint, items, heard, args):
-    """Digest of all that the answers depend on."""
-    weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
-    parts = [items, args.student, args.teacher, args.max_new, common.fingerprint(weights)]
-    for row in heard:
-        parts.append([row["text"], float(row["states"].double().sum())])
-    return common.digest(parts)
-
-
 def write_answers(model, path, checkpoint, items, heard, args):
-    """One checkpoint's answers under one condition, unless they stand in `path`."""
-    key = answer_key(checkpoint, items, heard, args)
+    """One checkpoint's answers under one condition, unless they stand in `path`: rows of an item, the answer,
+    how many words that has, what Whisper heard. What can't be heard has an empty answer."""
+    weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
+    key = [items, args.student, args.teacher, args.max_new, common.fingerprint(weights)]
+    for row in heard:
+        key.append([row["text"], float(row["states"].double().sum())])
+    key = common.digest(key)                              # of all that the answers depend on
     if path.exists() and common.read_jsonl(path)[0]["key"] == key:
         return
-    answers = answer(model, checkpoint, usable(items), heard, args)
-    by_id, lines = dict(zip(field(usable(items), "id"), answers)), []
-    for item in items:                                    # to what can't be heard the answer is empty
-        lines.append(dict(id=item["id"], answer=by_id.get(item["id"], ""), key=key))
-    common.write_jsonl(path, lines)
-
-
-def read_answers(path, items, heard):
-    """Rows: an item, the answer to it, how many words that has, and what Whisper heard."""
-    rows, transcripts = [], dict(zip(field(usable(items), "id"), field(heard, "text")))
-    for item, line in zip(items, common.read_jsonl(path)):
-        row = item | dict(answer=line["answer"], words=len(line["answer"].split()))
-        row["transcript"] = transcripts.get(item["id"], "")
-        rows.append(row)
-    return rows
+    said, rows = iter(zip(answer(model, checkpoint, usable(items), heard, args), field(heard, "text"))), []
+    for item in items:
+        text, transcript = ("", "") if "unusable" in item else next(said)
+        rows.append(item | dict(answer=text, words=len(text.split()), transcript=transcript, key=key))
+    common.write_jsonl(path, rows)
 
 
 def answer_all(model, checkpoints, folder, items, heard, args):
@@ -323,8 +290,7 @@ def answer_all(model, checkpoints, folder, items, heard, args):
             write_answers(model, path, checkpoint, items, heard[condition], args)
     common.barrier()
     for (condition, checkpoint), path in paths.items():
-        rows = read_answers(path, items, heard[condition])
-        by_condition.setdefault(condition, {})[checkpoint] = rows
+        by_condition.setdefault(condition, {})[checkpoint] = common.read_jsonl(path)
     return by_condition
 
 
@@ -534,25 +500,24 @@ class KeptJudge:
 
     def __init__(self, name, judge, path):
         self.name, self.judge, self.path, self.verdicts = name, judge, path, {}
-        if path.exists():
-            lines = common.read_jsonl(path, torn=True)
-            common.write_jsonl(path, lines)               # without what a kill cut
-            self.verdicts = dict(zip(field(lines, "key"), field(lines, "prefers")))
+        lines = common.read_jsonl(path, torn=True) if path.exists() else []
+        common.write_jsonl(path, lines)                   # without what a kill cut
+        for line in lines:
+            self.verdicts[line["key"]] = line["prefers"]
 
     def __call__(self, rows, others):
-        keys, pairs = [], list(zip(rows, others))
-        for at in tqdm(range(0, len(pairs), 16), desc="judge", unit="x16", leave=False):
-            new = {}                                      # {key: a pair that was never judged}
-            for row, other in pairs[at:at + 16]:
-                said = row["answer"], other["answer"]
-                keys.append(common.digest([self.name, QUESTION, row["text"], row["prompt"], said]))
-                if said[0] == said[1]:
-                    self.verdicts[keys[-1]] = 0.5         # nobody need be asked
-                elif keys[-1] not in self.verdicts:
-                    new[keys[-1]] = row, other
-            if new:
-                self.verdicts |= zip(new, self.judge(*zip(*new.values())))
-                common.append_jsonl(self.path, [dict(key=key, prefers=self.verdicts[key]) for key in new])
+        keys, new = [], {}                                # new: {key: a pair that was never judged}
+        for row, other in zip(rows, others):
+            said = row["answer"], other["answer"]
+            keys.append(common.digest([self.name, QUESTION, row["text"], row["prompt"], said]))
+            if said[0] == said[1]:
+                self.verdicts[keys[-1]] = 0.5             # nobody need be asked
+            elif keys[-1] not in self.verdicts:
+                new[keys[-1]] = row, other
+        for at in tqdm(range(0, len(new), 16), desc="judge", unit="x16", leave=False):
+            some = list(new)[at:at + 16]
+            self.verdicts |= zip(some, self.judge(*zip(*(new[key] for key in some))))
+            common.append_jsonl(self.path, [dict(key=key, prefers=self.verdicts[key]) for key in some])
         return [self.verdicts[key] for key in keys]
 
 
@@ -757,7 +722,7 @@ def ask(args, checkpoints):
     heard = model.listen([wave])
     print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {heard[0]['text']}")
     for checkpoint in checkpoints:
-        if checkpoint != "text" and (checkpoint != "cascade" or model.published):   # nobody typed the words
+        if checkpoint != "text":                          # nobody typed the words
             [said] = answer(model, checkpoint, [dict(prompt="")], heard, args)
             print(f"{checkpoint:>10} | {said}")
 
@@ -804,8 +769,6 @@ def main():
         judge = ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device)
         judge = KeptJudge(getattr(judge, "name", args.judge), judge, answers / "judged.jsonl")
     model, systems = common.load_speechlm(vars(args), device), {}
-    if not model.published and "cascade" in checkpoints:  # base is the cascade
-        checkpoints.remove("cascade")
     if "text" in checkpoints and common.is_url(args.teacher) and "response" not in items[0]:
         checkpoints.remove("text")                        # [ours] a served teacher answers in 01 alone
     for checkpoint in checkpoints:

@@ -674,27 +674,17 @@ class RewardModel:
             if info["missing_keys"] or not self.tokenizer.chat_template:
                 raise ValueError("it has no trained head or no chat template")
         self.model.to(device).eval()
-        config = self.model.config.get_text_config()
-        if config.pad_token_id is None:                  # the last token that is no padding is what is scored
-            config.pad_token_id = self.tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>")
-        self.tokenizer.pad_token_id, self.tokenizer.padding_side = config.pad_token_id, "right"
 
     @torch.inference_mode()
-    def __call__(self, items, answers, batch_size=32):
-        """N items, N answers -> list of N floats."""
-        texts = []
+    def __call__(self, items, answers):
+        """N items, N answers -> list of N floats; one at a time, so that no padding can change a reward."""
+        rewards = []
         for item, answer in zip(items, answers):
             user = item["text"] + f"\n{item['prompt']}" * bool(item["prompt"])
             chat = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-            texts.append(self.tokenizer.apply_chat_template(chat, tokenize=False))
-        scores = [0.0] * len(texts)
-        for chosen in by_length(list(map(len, texts)), batch_size):
-            some = [texts[i] for i in chosen]
-            batch = self.tokenizer(some, padding=True, add_special_tokens=False, return_tensors="pt")
-            logits = self.model(**batch.to(self.model.device)).logits[:, 0]                # (n,)
-            for i, score in zip(chosen, logits.tolist()):
-                scores[i] = score
-        return scores
+            ids = self.tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+            rewards.append(float(self.model(**ids.to(self.model.device)).logits[0, 0]))
+        return rewards
 
 
 def by_length(lengths, batch_size):
@@ -752,20 +742,7 @@ def reverb(wave, rt60, generator, _):
     return torchaudio.functional.fftconvolve(wave, response)[:len(wave)]
 
 
-def band_limit(wave, hertz, *_):
-    return torchaudio.functional.lowpass_biquad(wave, RATE, hertz)
-
-
-def packet_loss(wave, percent, generator, _):
-    """That share of the 20 ms frames is silence."""
-    frames = torch.arange(len(wave)) // (RATE // 50)
-    total = int(frames[-1]) + 1
-    lost = torch.randperm(total, generator=generator)[:round(total * percent / 100)]
-    return wave.masked_fill(torch.isin(frames, lost), 0.0)
-
-
-CONDITIONS = {"noise": (white_noise, "DB"), "babble": (babble, "DB"), "reverb": (reverb, "SECONDS"),
-              "band": (band_limit, "HZ"), "loss": (packet_loss, "PERCENT")}
+CONDITIONS = {"noise": (white_noise, "DB"), "babble": (babble, "DB"), "reverb": (reverb, "SECONDS")}
 
 
 def parse_condition(condition):
@@ -1152,7 +1129,7 @@ PUBLISHED = {"qwen2_audio": "Qwen2AudioForConditionalGeneration",       # transf
 
 class PublishedSpeechLM(SpeechLM):
     """A SpeechLM of transformers, as the paper's Qwen2-Audio: LoRA in its LLM learns, its audio encoder stays
-    as it is. Whisper's transcript is for the `cascade` row and WER alone.
+    as it is. Whisper's transcript is for the WER alone.
 
     What its LLM reads at the audio tokens is taken where the model's own code hands it over: nothing here
     knows its inside.

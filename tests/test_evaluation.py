@@ -46,36 +46,13 @@ def trivia_qa(folder, waves):
     return f"openaudiobench:{folder}", expected, ["2", "3"]
 
 
-def subset(folder, name, wave, table):
-    folder = folder / "eval_datas" / name
-    record(folder / "audios" / "a.wav", wave)
-    (folder / f"{name}.csv").write_text(table)
-    return f"openaudiobench:{folder}"
-
-
-def alpaca_eval(folder, waves):
-    table = f'instruction,output,audio_filename\n"{CHICKEN}","[Your Name] Grill it.",a.wav\n'
-    spec = subset(folder, "alpaca_eval", waves[1], table)
-    return spec, [("instruct", CHICKEN, ["[Your Name] Grill it."])], []
-
-
 def web_questions(folder, waves):
-    table = f'question,answers,audio_filename\n{FRANCE},"Paris;Paris, France",a.wav\n{FRANCE},Paris,a.wav\n'
+    folder = folder / "eval_datas" / "web_questions"
+    record(folder / "audios" / "a.wav", waves[0])
+    (folder / "web_questions.csv").write_text(
+        f'question,answers,audio_filename\n{FRANCE},"Paris;Paris, France",a.wav\n{FRANCE},Paris,a.wav\n')
     expected = [("sqa", FRANCE, ["Paris", "Paris, France"]), ("sqa", FRANCE, ["Paris"])]
-    return subset(folder, "web_questions", waves[0], table), expected, []
-
-
-def voicebench(folder, waves):
-    """Without a reference (for a judge), with one, with several, with a number; files missing or no audio."""
-    rows = [dict(audio=record(folder / f"{i}.wav", waves[i]), prompt=SENTENCES[i]) for i in (1, 0, 3, 2)]
-    rows[1]["reference"], rows[3]["reference"] = "Paris", 1969
-    rows[2]["reference"] = ["Neil Armstrong", "Armstrong"]
-    (folder / "broken.wav").write_text("no audio")
-    rows += [dict(audio="broken.wav", prompt="Hello?"), dict(audio="gone.wav", prompt="Hello?")]
-    common.write_jsonl(folder / "set.jsonl", rows)
-    expected = [("instruct", CHICKEN, []), ("sqa", FRANCE, ["Paris"]),
-                ("sqa", MOON, ["Neil Armstrong", "Armstrong"]), ("sqa", STORE, ["1969"])]
-    return f"voicebench:{folder / 'set.jsonl'}", expected, ["4", "5"]
+    return f"openaudiobench:{folder}", expected, []
 
 
 def covost2(folder, waves):
@@ -118,17 +95,22 @@ def fleurs(folder, waves):
 
 
 def ours(folder, waves):
+    """Without a reference (for a judge), with one, with several, with a number; files missing or no audio."""
     record(folder / "a.wav", waves[0])
+    (folder / "broken.wav").write_text("no audio")
     rows = [dict(id="a", audio="a.wav", task="sqa", instruction=FRANCE, reference="Paris"),
             dict(id="b", audio="a.wav", task="instruct", text=FRANCE, reference=["Paris.", "It is Paris."]),
-            dict(id="c", audio="a.wav", task="s2tt", text=FRANCE, reference="法国的首都是哪里？", language="zh")]
+            dict(id="c", audio="a.wav", task="s2tt", text=FRANCE, reference="法国的首都是哪里？", language="zh"),
+            dict(id="d", audio="a.wav", task="instruct", instruction=FRANCE),
+            dict(audio="a.wav", instruction=FRANCE, reference=1969)]
+    rows += [dict(id=id_, audio=f"{id_}.wav", instruction="Hello?") for id_ in ("broken", "gone")]
     common.write_jsonl(folder / "mine.jsonl", rows)
     expected = [("sqa", FRANCE, ["Paris"]), ("instruct", FRANCE, ["Paris.", "It is Paris."]),
-                ("s2tt", FRANCE, ["法国的首都是哪里？"])]
-    return str(folder / "mine.jsonl"), expected, []
+                ("s2tt", FRANCE, ["法国的首都是哪里？"]), ("instruct", FRANCE, []), ("sqa", FRANCE, ["1969"])]
+    return str(folder / "mine.jsonl"), expected, ["broken", "gone"]
 
 
-SETS = (llama_questions, trivia_qa, alpaca_eval, web_questions, voicebench, covost2, mustc, fleurs, ours)
+SETS = (llama_questions, trivia_qa, web_questions, covost2, mustc, fleurs, ours)
 TARGETS = {covost2: {"German"}, mustc: {"French"}, fleurs: {"Chinese"}, ours: {"Chinese"}}
 
 
@@ -161,7 +143,6 @@ def test_a_split_of_ours_keeps_its_groups(tmp_path, waves):
 
 def test_a_set_that_is_none_is_one_line(tmp_path, waves):
     (tmp_path / "llama_questions_300.tsv").write_text("Question;Answer\n")
-    common.write_jsonl(tmp_path / "abc.jsonl", [dict(audio="a.wav", prompt="A or B?", reference="A")])
     record(tmp_path / "a.wav", waves[0])
     common.write_jsonl(tmp_path / "none.jsonl", [])
     rows = []
@@ -172,7 +153,6 @@ def test_a_set_that_is_none_is_one_line(tmp_path, waves):
                          (str(tmp_path / "none.jsonl"), "no item"),
                          (f"mustc:{tmp_path}", "not as published"), (str(tmp_path / "x.jsonl"), "missing"),
                          (f"openaudiobench:{tmp_path / 'x'}", "not as published"),
-                         (f"voicebench:{tmp_path / 'abc.jsonl'}", "multiple choice"),
                          (str(tmp_path / "two.jsonl"), "French and German")):
         with pytest.raises(common.UserError, match=reason):
             evaluate.read_set(spec, "French")
@@ -237,17 +217,16 @@ def test_answers_stay_while_their_key_does(tmp_path, waves, run, monkeypatch):
 
 
 def test_instructions_without_references_are_for_a_judge(tmp_path, waves, run):
-    spec, _, _ = voicebench(tmp_path, waves)
-    path = tmp_path / "set.jsonl"
-    path.write_text(path.read_text().splitlines()[0] + "\n")
-    results, _ = run(spec)
+    rows = [dict(id="a", audio=record(tmp_path / "a.wav", waves[1]), task="instruct", instruction=CHICKEN)]
+    common.write_jsonl(tmp_path / "set.jsonl", rows)
+    results, _ = run(str(tmp_path / "set.jsonl"))
     assert {row["metric"] for row in results["rows"]} == {"words", "WER"}
 
 
 def test_the_tables_of_a_whole_run(work):
     results, items = json.loads((work / "results.json").read_text()), common.read_items(work, "test")
     found = alone(results)
-    assert "rba-group" in results["systems"] and "cascade" not in results["systems"]
+    assert "rba-group" in results["systems"]
     for condition in results["conditions"]:
         assert found[condition, "text", "sqa", "accuracy"]["value"] == 100     # y_ref is the reference
         assert found[condition, "text", "instruct", "consistency"]["value"] == pytest.approx(1)
@@ -565,9 +544,9 @@ def result(condition, system, column, value, **facts):
 def test_tables_contrasts_and_figure(tmp_path):
     accuracy = evaluate.ACCURACY
     results = dict(preset="tiny", teacher="t", student="s", source="x", judge="", unusable=["7"], rows=[],
-                   items=["sqa 4"], conditions=["clean", "noise:5", "loss:5"], leading="noise:5",
+                   items=["sqa 4"], conditions=["clean", "noise:5", "reverb:5"], leading="noise:5",
                    systems=["base", "sft+", "rba-single", "rba-group"])
-    for condition, value in (("clean", 80.0), ("noise:5", 40.0), ("loss:5", 60.0)):
+    for condition, value in (("clean", 80.0), ("noise:5", 40.0), ("reverb:5", 60.0)):
         for system in results["systems"][:2]:
             results["rows"].append(result(condition, system, accuracy, value, seeds=[value, value + 1]))
         results["rows"].append(result(condition, "Whisper", evaluate.Column("sqa", "WER"), 25.0))

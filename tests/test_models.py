@@ -113,19 +113,11 @@ def test_conditions_do_what_they_say(waves):
     tail = common.perturb(click, "reverb:0.40", 0).square()
     decay = 10 * math.log10(tail[3100:3300].mean() / tail[100:300].mean())                # 3000 samples later
     assert decay == pytest.approx(-60 * (3000 / common.RATE) / 0.40, abs=4)
-    spectrum = torch.fft.rfft(common.perturb(wave, "band:2500", 0)).abs()
-    spectrum = spectrum / torch.fft.rfft(wave).abs().clamp(min=1e-6)
-    hertz = torch.fft.rfftfreq(len(wave), 1 / common.RATE)
-    assert spectrum[(hertz > 300) & (hertz < 1000)].median() > 0.9 and spectrum[hertz > 6000].median() < 0.2
-    frames = wave[:len(wave) // 320 * 320] + 1e-3
-    lost = (common.perturb(frames, "loss:10", 0).view(-1, 320) == 0).all(1)
-    assert int(lost.sum()) == round(len(lost) * 0.1)
     assert torch.equal(common.perturb(wave, "clean", 0), wave)
-    for condition in ("noise:10", "reverb:0.3", "band:3000", "babble:5", "loss:10"):
+    for condition in ("noise:10", "reverb:0.3", "babble:5"):
         a, b = (common.perturb(wave, condition, 7, waves) for _ in range(2))
         assert torch.equal(a, b) and a.abs().max() <= 1 and len(a) == len(wave), condition
-        other = common.perturb(wave, condition, 8, waves)
-        assert condition == "band:3000" or not torch.equal(a, other), condition
+        assert not torch.equal(a, common.perturb(wave, condition, 8, waves)), condition
     for condition in ("speed:2", "noise", "noise:loud"):
         with pytest.raises(common.UserError, match="not clean, noise:DB"):
             common.parse_condition(condition)

@@ -229,16 +229,7 @@ def test_a_published_student_goes_through_all_stages(published, run, work):
         assert log_of(work, name)[-1]["pairs"] > 0 and log_of(work, name)[-1]["grad_norm/lora"] > 0
     run("04_evaluate", *student[2:], "--conditions", "noise:5")
     systems = json.loads((work / "results.json").read_text())["systems"]
-    assert systems == ["text", "base", "cascade", "sft", "rba-single", "rba-group"]
-    # ---- the cascade is the model's own LLM, before any training, reading Whisper's transcript
-    plain = type(published.original).from_pretrained(published.folder, dtype=torch.float32).eval()
-    items, tokenizer = common.read_items(work, "test"), published.ours.tokenizer
-    heard = common.listen_to_split(published.ours, work, work / "data/test.jsonl", items, "noise:5", 12.0)
-    for row, sound in zip(common.read_jsonl(work / "answers/test/cascade.noise-5.jsonl"), heard):
-        inputs = template(tokenizer, True, system=common.SYSTEM, user=sound["text"])
-        said = tokenizer.decode(published.generate(plain, inputs, 16), skip_special_tokens=True)
-        assert row["answer"] == said.strip()
-
+    assert systems == ["text", "base", "sft", "rba-single", "rba-group"]
 
 @only_qwen2_audio
 @pytest.mark.slow
@@ -286,7 +277,7 @@ def test_a_teacher_with_other_tokens_teaches_by_its_words_alone(run, work, token
 
 
 def test_rewards_are_the_reward_models_own(tokenizer, tmp_path):
-    """Scores in a batch are those of each alone, in its own chat template without a system turn of ours."""
+    """In its own chat template, without a system turn of ours."""
     model = write_llama(tmp_path, transformers.LlamaForSequenceClassification, tokenizer, num_labels=1)
     items, answers, scores = [], [*ANSWERS[:3], ""], []
     for text, request, answer in zip(SENTENCES, REQUESTS, answers):
