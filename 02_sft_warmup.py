@@ -85,14 +85,16 @@ def distillation(model, teacher, items, heard):
 
 
 # --------------------------------------------------------------------------------------------------- training
-def train(model, items, heard, run, args, loss_of):
+def train(model, items, heard, run, args, loss_of, order):
     """Updates of `loss_of(items, heard)` (N,), averaged over the utterances of a batch of groups."""
     groups, answer_tokens, sizes = list(common.groups_of(items).values()), [], []
     for item, row in zip(items, heard):
         answer_tokens.append(len(model.answer_ids(item["response"])))
         sizes.append(common.PROMPT_TOKENS + len(row["ids"]) + len(item["response"]) // 4)
     for step in run.updates():
-        batch = common.batch_of_groups(groups, args.batch_size, step, args.seed)
+        batch = []
+        for g in common.batch_at(len(groups), args.batch_size, step, args.seed, order):
+            batch += groups[g]
         mine, total = sorted(batch[common.rank()::common.world()], key=sizes.__getitem__), 0.0
         lengths = [sizes[i] for i in mine]
         for chunk in common.token_batches(lengths, args.micro_tokens):
@@ -136,7 +138,7 @@ def main():
         run = common.Run(model, args, args.out or objective, init, steps, rate, held_out, objective=objective,
                          batch_size=args.batch_size)
         if not run.done:
-            train(model, items, heard, run, args, loss_of)
+            train(model, items, heard, run, args, loss_of, "sft" if first else "groups")
 
 
 if __name__ == "__main__":

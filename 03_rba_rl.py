@@ -71,35 +71,37 @@ def sample_and_score(model, reward, items, heard, seeds, args):
 
 def decide_pairs(rows, objective, control, seed):
     """Write `role` into the rows of one group: positive, negative or, with `why`, neither. With the control
-    `shuffled` roles are by chance."""
-    chance = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"]))
-    if objective == "rba-single" or len(rows) == 1:
-        single_roles(rows, chance if control == "shuffled" else None)
+    `shuffled` a coin decides which of a pair is which."""
+    coin, single = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"])), len(rows) == 1
+    if objective == "rba-single" or single:
+        single_roles(rows)
+        pairs = [[row] for row in rows if row["role"]]
     else:
-        group_roles(rows, chance if control == "shuffled" else None)
+        group_roles(rows)
+        pairs = [[row for row in rows if row["role"]]]
+    for pair in pairs:
+        if control == "shuffled" and coin.random() < 0.5:
+            for row in pair:
+                row["role"] = "positive" if row["role"] == "negative" else "negative"
 
 
-def single_roles(rows, chance):
+def single_roles(rows):
     """Eq. 6: y^(s) is the negative, y_ref the positive, in every row."""
     for row in rows:
-        if row["answer"] == row["response"]:
-            row["why"] = "equals y_ref"
-        else:
-            row["role"] = "positive" if chance and chance.random() < 0.5 else "negative"
+        equal = row["answer"] == row["response"]
+        row |= dict(role="" if equal else "negative", why="equals y_ref" if equal else "")
 
 
-def group_roles(rows, chance):
+def group_roles(rows):
     """Eq. 2: s+ = argmax R, s- = argmin R."""
     rewards = [row["reward"] for row in rows]
-    if chance:
-        chance.shuffle(rewards)
     complete = [s for s in range(len(rows)) if rows[s]["ended"]]
     best = max(complete, key=rewards.__getitem__, default=0)                               # s+
     worst = min(range(len(rows)), key=rewards.__getitem__)                                 # s-
     reason = ""
     if not complete:
         reason = "no answer ended"
-    elif rewards[best] <= rewards[worst]:
+    elif rewards[best] - rewards[worst] < 1e-6:
         reason = "rewards tie"
     elif rows[best]["answer"] == rows[worst]["answer"]:
         reason = "answers are equal"
@@ -127,25 +129,31 @@ def read_samples(path, round_, batches):
     return kept, todo
 
 
+def judged_batch(model, reward, items, heard, groups, round_, args):
+    """Samples and roles of a batch of groups (lists of indices): rows."""
+    utterances, rows = list(itertools.chain(*groups)), []
+    some, sounds = [items[i] for i in utterances], [heard[i] for i in utterances]
+    seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in some]
+    scored = iter(sample_and_score(model, reward, some, sounds, seeds, args))
+    for group in groups:
+        of_group = [{"round": round_} | next(scored) for _ in group]
+        decide_pairs(of_group, args.objective, args.control, args.seed)
+        rows += of_group
+    return rows
+
+
 def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
     """A round's samples of `groups` (lists of indices): {utterance id: row}, and a line each in the file.
-    They are drawn in batches of SAMPLED groups, which the processes share."""
-    path = args.work / "samples" / f"{run.name}.jsonl"
+    They are drawn in batches of SAMPLED groups, one by each process at a time."""
+    path, W = args.work / "samples" / f"{run.name}.jsonl", common.world()
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
     ids = [[items[i]["id"] for group in batch for i in group] for batch in batches]
     rows, todo = read_samples(path, round_, ids)
-    bar = tqdm(todo, desc=f"sample {run.name}", unit="batch", leave=False, disable=common.rank() > 0)
-    for number in bar:
-        my_groups, decided = batches[number][common.rank()::common.world()], []
-        utterances = list(itertools.chain(*my_groups))
-        some, sounds = [items[i] for i in utterances], [heard[i] for i in utterances]
-        seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in some]
-        scored = iter(sample_and_score(model, reward, some, sounds, seeds, args))
-        for group in my_groups:
-            of_group = [{"round": round_} | next(scored) for _ in group]
-            decide_pairs(of_group, args.objective, args.control, args.seed)
-            decided.append(of_group)
-        new = list(itertools.chain(*common.unshare(common.gather(decided), len(batches[number]))))
+    bar = tqdm(range(0, len(todo), W), desc=f"sample {run.name}", unit="batch", leave=False,
+               disable=common.rank() > 0)
+    for at in bar:
+        parts = [batches[number] for number in todo[at:at + W]]
+        new = common.shared(parts, lambda part: judged_batch(model, reward, items, heard, part, round_, args))
         rows += new
         if common.rank() == 0:
             common.append_jsonl(path, new)
@@ -167,15 +175,16 @@ def describe(samples):
         out["samples/variance_within"] = float(torch.stack(spread).mean())
         out["samples/variance_between"] = float(torch.tensor([mean(rewards) for rewards in several]).var())
         out["samples/headroom"] = mean(max(rewards) - mean(rewards) for rewards in several)
-    better = []
+    better = Counter()
     for rows in groups.values():
         paired = [row for row in rows if row["role"]]
         errors = {row["role"]: common.word_errors(row["text"], row["heard"])[0] for row in paired}
         if len(errors) == 2:
             gap = errors["negative"] - errors["positive"]
-            better.append((gap > 0) + 0.5 * (gap == 0))
+            better["better" if gap > 0 else "worse" if gap < 0 else "alike"] += 1
+    for how, number in better.items():
+        out[f"samples/positive_heard_{how}"] = number / better.total()
     out |= {"samples/reward": mean(row["reward"] for row in samples),
-            "samples/positive_heard_better": mean(better),
             "samples/ended": mean(row["ended"] for row in samples),
             "samples/tokens": mean(len(row["ids"]) for row in samples),
             "samples/in_a_pair": mean(bool(row["role"]) for row in samples)}
@@ -239,7 +248,7 @@ def update(model, batch, items, heard, samples, args):
     """One update's gradients of L_G + lambda L_CE, or L_S + lambda L_CE, on a batch of groups that the
     processes share; -> metrics. Averages are over the whole batch: micro-batches and processes add up."""
     groups = [[samples[items[i]["id"]] for i in group] for group in batch]
-    n_pairs = max(1, sum(len(pair_up(rows, args.objective == "rba-single")) for rows in groups))
+    n_pairs = sum(len(pair_up(rows, args.objective == "rba-single")) for rows in groups)
     n_utterances, sums = sum(map(len, batch)), Counter()
     mine, lengths = range(common.rank(), len(batch), common.world()), []
     for g in mine:
@@ -254,13 +263,13 @@ def update(model, batch, items, heard, samples, args):
         sounds = [heard[i] for i in utterances]
         log_probs = common.both_log_probs(model, [items[i] for i in utterances], sounds, answers)
         ce, of_pairs = losses(log_probs, [groups[g] for g in chosen], args)
-        preference = of_pairs["loss/preference"].sum() / n_pairs                           # L_G or L_S
+        preference = of_pairs["loss/preference"].sum() / max(1, n_pairs)                   # L_G or L_S
         loss = preference + args.lambda_ce * ce.sum() / n_utterances                       # Eq. 5
         loss.backward()
         sums["loss"] += float(loss.detach())
         sums["loss/ce"] += float(ce.detach().sum()) / n_utterances
         for name, values in of_pairs.items():
-            sums[name] += float(values.detach().sum()) / n_pairs
+            sums[name] += float(values.detach().sum()) / max(1, n_pairs)
     metrics = Counter()
     for own in common.gather([sums]):
         metrics.update(own)

@@ -353,14 +353,13 @@ def gather(values):
     return list(itertools.chain.from_iterable(parts))
 
 
-def unshare(parts, total):
-    """What `gather` made of every process's own [rank()::world()] -> the order before it was shared out."""
-    out, at = [None] * total, 0
-    for process in range(world()):
-        size = len(range(process, total, world()))
-        out[process::world()] = parts[at:at + size]
-        at += size
-    return out
+def shared(parts, work):
+    """work(part) of every part, a list, concatenated in the parts' order; the processes share the parts, so
+    what comes out does not depend on their number."""
+    rows = []
+    for at in range(0, len(parts), world()):
+        rows += gather([row for part in parts[at + rank():at + rank() + 1] for row in work(part)])
+    return rows
 
 
 def batch_at(n_items, batch_size, step, *seed):
@@ -371,11 +370,6 @@ def batch_at(n_items, batch_size, step, *seed):
         epoch, offset = divmod(position, n_items)
         indices.append(int(_order(n_items, derive_seed(*seed, "order", epoch))[offset]))
     return indices
-
-
-def batch_of_groups(groups, batch_size, step, seed):
-    """Utterances (indices) of the step-th batch of groups: the same in stages 2 and 3."""
-    return [i for g in batch_at(len(groups), batch_size, step, seed, "groups") for i in groups[g]]
 
 
 @functools.lru_cache(2)
@@ -919,12 +913,12 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     return out.reshape(rows, heads, length, size).transpose(1, 2), None
 
 
-def adapt(llm, r):
+def adapt(llm, r, seed=0):
     """Put LoRALinear in the place of every linear layer of the LLM's decoder, W alone in its head's."""
     transformers.AttentionInterface.register("grouped", grouped_attention)
     llm.eval().requires_grad_(False)
     adapter, body = Adapter(), llm.get_decoder()
-    torch.manual_seed(0)                                  # A starts the same on every process
+    torch.manual_seed(seed)                               # A starts the same on every process
     for parent in list(body.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
@@ -1010,7 +1004,7 @@ class SpeechLM(nn.Module):
         self.config = {key: config[key] for key in ("student", "whisper", "lora_r")}
         self.device = torch.device(device)
         self._load(config, device)                        # llm, tokenizer, Whisper, bridge
-        self.adapter = adapt(self.llm, config["lora_r"])
+        self.adapter = adapt(self.llm, config["lora_r"], config.get("seed", 0))
         if config["checkpointing"]:
             self.llm.get_decoder().gradient_checkpointing_enable()
         self.end_id = chat_parts(self.tokenizer)[2]
@@ -1438,13 +1432,9 @@ class HeldOut:
             chosen.append(group[n % len(group)])          # each voice in its turn
         self.items, self.heard = [items[i] for i in chosen], [heard[i] for i in chosen]
 
-    def measure(self, reference):
-        """Of pi_theta now: the reward of greedy answers and of ones sampled at temperature 1, log
-        pi_theta(y_ref), tokens of the greedy answers, and the KL to pi_ref (weights `reference`), log
-        pi_theta - log pi_ref of the samples; means over the utterances, the greedy reward also where the
-        words were heard right and where not, and every utterance's own, to pair with another step's."""
-        model, mine = self.model, range(rank(), len(self.items), world())
-        items, heard = [self.items[i] for i in mine], [self.heard[i] for i in mine]
+    def measure_some(self, some, reference):
+        """Rows of the utterances `some` (indices)."""
+        model, items, heard = self.model, [self.items[i] for i in some], [self.heard[i] for i in some]
         prompts = [item["prompt"] for item in items]
         seeds = [derive_seed("held out", item["id"]) for item in items]
         greedy = model.answer(heard, prompts, self.max_new)
@@ -1459,7 +1449,15 @@ class HeldOut:
             rows.append(dict(reward_greedy=rewards[0][i], reward_sampled=rewards[1][i], misheard=errors > 0,
                              logps_y_ref=log_probs[i][0], kl=log_probs[i][1] - before[i][1],
                              tokens=len(greedy[i].ids)))
-        rows = unshare(gather(rows), len(self.items))
+        return rows
+
+    def measure(self, reference):
+        """Of pi_theta now: the reward of greedy answers and of ones sampled at temperature 1, log
+        pi_theta(y_ref), tokens of the greedy answers, and the KL to pi_ref (weights `reference`), log
+        pi_theta - log pi_ref of the samples; means over the utterances, the greedy reward also where the
+        words were heard right and where not, and every utterance's own, to pair with another step's."""
+        parts = [range(len(self.items))[at:at + 32] for at in range(0, len(self.items), 32)]
+        rows = shared(parts, lambda part: self.measure_some(part, reference))
         out = {"held_out/rewards": [round(row["reward_greedy"], 4) for row in rows]}
         for name in ("reward_greedy", "reward_sampled", "logps_y_ref", "tokens", "kl"):
             out[f"held_out/{name}"] = mean(row[name] for row in rows)
