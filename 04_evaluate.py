@@ -6,7 +6,7 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
 
 1. [paper] Instruction following: win rate (WR) and length-controlled win rate (LC) by GPT-4o, against base,
    text, sft. [ours] --judge: an LLM by URL, asked in both orders, or a reward model; else the answer closer
-   to y_ref wins. Spoken-Alpaca, the paper's set out of domain, goes in by --data FILE.jsonl.
+   to y_ref wins, and LC, whose prior is a judge's taste for length, is left out. Spoken-Alpaca, the paper's set out of domain, goes in by --data FILE.jsonl.
 2. [paper] Spoken question answering: accuracy. [ours] An answer is right that holds a reference's words as
    one run, after Whisper's normalisation: the paper does not give its rule.
 3. [paper] Translation: corpus BLEU (sacrebleu as it is, its version in results.json); [ours] chrF beside it.
@@ -15,9 +15,10 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
    different instructions: who says one thing is consistent.
 5. [ours] Agreement with y_ref, unheard voices, planned contrasts with Holm's correction.
 
-Each number has a 95 % bootstrap interval over instructions (all voices of one together). A *score* here is an
-array (1 + R,): the number, then that of each of R resamples. All systems share the resamples, so the score of
-a difference is the difference of scores, that of a mean over seeds their mean.
+Each number has a 95 % bootstrap interval over instructions (all voices of one together); a planned contrast has
+a sign-flip test over instructions, as a bootstrap's p is too small for few. Both ask what other instructions
+would say of these checkpoints; how far another training seed moves them, only the seeds' own numbers say.
+A *score* here is an array (1 + R,): the number, then that of each of R resamples, which all systems share.
 
 Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.md, results.png.
 
@@ -31,7 +32,7 @@ import csv
 import functools
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,12 @@ class Column(NamedTuple):
     task: str
     metric: str
     against: str = ""                                     # the other system of a win rate or a difference
-    voices: str = "all"                                   # or "unheard": those that training never had
+    voices: str = "all"                                   # "heard" in training, or "unheard"
 
     def __str__(self):
-        than = "−" if self.metric == "accuracy" else "against"
-        return f"{self.task} {self.metric}" + (f" {than} {self.against}" if self.against else "")
+        than = " −" if self.metric == "accuracy" else " against"
+        name = f"{self.task} {self.metric}" + f", {self.voices}" * (self.voices != "all")
+        return name + f"{than} {self.against}" * bool(self.against)
 
 
 ACCURACY, SIMILARITY = Column("sqa", "accuracy"), Column("instruct", "similarity")
@@ -89,7 +91,9 @@ TABLES = {
         Column("instruct", "consistency"), Column("instruct", "consistency, heard differently"),
         Column("instruct", "different instructions"), ACCURACY],
     "Agreement with y_ref": [SIMILARITY, Column("instruct", "chrF"), Column("instruct", "words")],
-    "Unheard voices": [ACCURACY._replace(voices="unheard"), SIMILARITY._replace(voices="unheard")]}
+    "Heard and unheard voices": [
+        ACCURACY._replace(voices="heard"), ACCURACY._replace(voices="unheard"),
+        SIMILARITY._replace(voices="heard"), SIMILARITY._replace(voices="unheard")]}
 
 
 # ---------------------------------------------------------------------------------- public sets, as published
@@ -316,9 +320,22 @@ def group_means(values, groups):
     return (sums / sizes)[:, 0]
 
 
-def mean_score(means):
-    """(G,) of instructions -> score of their mean."""
-    return resample_counts(len(means)) @ means / len(means)
+@dataclass
+class Measured:
+    """A number of a table: its score, and the values (G,) of the instructions where it is their mean."""
+    score: np.ndarray
+    values: np.ndarray | None = None
+
+
+def mean_of(values):
+    """(G,) of instructions -> Measured of their mean."""
+    return Measured(resample_counts(len(values)) @ values / len(values), values)
+
+
+def average(parts):
+    """Measured of several training seeds -> of their mean."""
+    values = None if parts[0].values is None else np.mean([part.values for part in parts], 0)
+    return Measured(np.mean([part.score for part in parts], 0), values)
 
 
 def resampled_sums(statistics, groups):
@@ -327,10 +344,11 @@ def resampled_sums(statistics, groups):
     return resample_counts(len(sums)) @ sums
 
 
-def p_value(score):
-    """Two-sided bootstrap p of a difference: how easily resampling takes it across 0."""
-    tail = min((score[1:] <= 0).sum(), (score[1:] >= 0).sum()) + 1
-    return min(1.0, 2 * float(tail) / len(score))
+def sign_flip_p(differences):
+    """Two-sided p of differences (G,) of instructions: how often their mean is as large with random signs."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (RESAMPLES, len(differences)))
+    as_large = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9
+    return float(1 + as_large.sum()) / (1 + RESAMPLES)
 
 
 def holm(p):
@@ -413,7 +431,7 @@ def measure_sqa(rows, groups, _):
     right = []
     for row in rows:
         right.append(any(is_contained(reference, row["answer"]) for reference in row["reference"]))
-    return {"accuracy": mean_score(100 * group_means(right, groups))}
+    return {"accuracy": mean_of(100 * group_means(right, groups))}
 
 
 def measure_s2tt(rows, groups, _):
@@ -422,30 +440,31 @@ def measure_s2tt(rows, groups, _):
     for name, metric in (("BLEU", bleu), ("chrF", sacrebleu.CHRF())):
         statistics = metric._extract_corpus_statistics(field(rows, "answer"), [references])   # (N, C)
         sums = resampled_sums(statistics, groups).tolist()                                  # (1 + R, C)
-        scores[name] = np.array([metric._compute_score_from_stats(row).score for row in sums])
+        scores[name] = Measured(np.array([metric._compute_score_from_stats(row).score for row in sums]))
     return scores
 
 
 def measure_instruct(rows, groups, vectors):
-    scores = {"words": mean_score(group_means(field(rows, "words"), groups))}
+    scores = {"words": mean_of(group_means(field(rows, "words"), groups))}
     if all(field(rows, "reference")):                     # without references a judge alone compares
         values = [sacrebleu.sentence_chrf(row["answer"], row["reference"]).score for row in rows]
-        scores["chrF"] = mean_score(group_means(values, groups))
-        scores["similarity"] = mean_score(group_means(cosines(vectors, rows), groups))
+        scores["chrF"] = mean_of(group_means(values, groups))
+        scores["similarity"] = mean_of(group_means(cosines(vectors, rows), groups))
     if min(Counter(groups).values()) > 1:                 # several voices
         answers = np.stack([vectors[row["answer"]] for row in rows])
-        same, scores["different instructions"] = consistency(answers, groups)
-        scores["consistency"], transcripts = mean_score(same), {}
+        same, different = consistency(answers, groups)
+        scores |= {"consistency": mean_of(same), "different instructions": Measured(different)}
+        transcripts = {}
         for row in rows:
             transcripts.setdefault(row["group"], set()).add(common.normalise(row["transcript"]))
         unlike = same[[len(transcripts[group]) > 1 for group in sorted(transcripts)]]
         if len(unlike):
-            scores["consistency, heard differently"] = mean_score(unlike)
+            scores["consistency, heard differently"] = mean_of(unlike)
     return scores
 
 
 def measure(rows, vectors, voices="all"):
-    """One checkpoint's rows -> {Column: score} of all that needs no other system."""
+    """One checkpoint's rows -> {Column: Measured} of all that needs no other system."""
     scores = {}
     for task, function in (("instruct", measure_instruct), ("sqa", measure_sqa), ("s2tt", measure_s2tt)):
         chosen = of_task(rows, task)
@@ -528,14 +547,16 @@ def closer(rows, others, vectors):
 
 
 def win_rates(rows, others, judge, vectors):
-    """Scores in % of instruct rows against another checkpoint's: {"WR", "LC" (of R / 10 resamples)}."""
+    """Measured in % of instruct rows against another checkpoint's: WR, by a judge LC (of R / 10 resamples)."""
     groups = field(rows, "group")
-    prefers = judge(rows, others) if judge else closer(rows, others, vectors)
-    wins = group_means(prefers, groups)
-    lengths = group_means(field(rows, "words"), groups)
-    other_lengths = group_means(field(others, "words"), groups)
-    counts = resample_counts(len(wins))[:1 + RESAMPLES // 10]
-    return {"WR": mean_score(100 * wins), "LC": length_controlled(wins, lengths, other_lengths, counts)}
+    wins = group_means(judge(rows, others) if judge else closer(rows, others, vectors), groups)
+    rates = {"WR": mean_of(100 * wins)}
+    if judge:
+        lengths = group_means(field(rows, "words"), groups)
+        other_lengths = group_means(field(others, "words"), groups)
+        counts = resample_counts(len(wins))[:1 + RESAMPLES // 10]
+        rates["LC"] = Measured(length_controlled(wins, lengths, other_lengths, counts))
+    return rates
 
 
 # ------------------------------------------------------------------------------------ numbers of the tables
@@ -549,31 +570,29 @@ class Condition:
     train_voices: set                                     # empty where the set names no voices
 
     def __post_init__(self):
-        self.alone = {}                                   # {checkpoint: {Column: score}}
+        self.alone = {}                                   # {checkpoint: {Column: Measured}}
         for checkpoint, rows in self.answers.items():
             scores = measure(rows, self.vectors)
-            if self.train_voices:
-                unheard = [row for row in rows if row["voice"] not in self.train_voices]
-                scores |= measure(unheard, self.vectors, "unheard")
+            for voices in ("heard", "unheard") if self.train_voices else ():
+                heard = voices == "heard"
+                some = [row for row in rows if (row["voice"] in self.train_voices) == heard]
+                scores |= measure(some, self.vectors, voices)
             self.alone[checkpoint] = scores
 
     def compare(self, checkpoint, system):
-        """Win rates and accuracy's difference against a system, in the mean of its seeds: {Column: score}."""
-        totals, rows = {}, of_task(self.answers[checkpoint], "instruct")
+        """Win rates and accuracy's difference against a system, in the mean of its seeds: {Column: Measured}."""
+        found, rows = defaultdict(list), of_task(self.answers[checkpoint], "instruct")
         for other in self.systems[system]:
-            scores = {}
             if ACCURACY in self.alone[other]:
-                scores["sqa", "accuracy"] = self.alone[checkpoint][ACCURACY] - self.alone[other][ACCURACY]
+                own, its = self.alone[checkpoint][ACCURACY], self.alone[other][ACCURACY]
+                found[ACCURACY._replace(against=system)].append(mean_of(own.values - its.values))
             y_ref = "text" in (checkpoint, other) and "response" in self.answers[other][0]
             can_be_closer = not y_ref and all(field(rows, "reference"))    # y_ref is closest to itself
             if rows and (self.judge or can_be_closer):
                 others = of_task(self.answers[other], "instruct")
-                for rate, score in win_rates(rows, others, self.judge, self.vectors).items():
-                    scores["instruct", rate] = score
-            for key, score in scores.items():
-                column = Column(*key, against=system)
-                totals[column] = totals.get(column, 0) + score / len(self.systems[system])
-        return totals
+                for rate, measured in win_rates(rows, others, self.judge, self.vectors).items():
+                    found[Column("instruct", rate, system)].append(measured)
+        return {column: average(parts) for column, parts in found.items()}
 
     def numbers(self):
         """Rows of the tables and of the planned contrasts."""
@@ -591,16 +610,16 @@ class Condition:
         return numbers
 
 
-def number(system, column, scores):
-    """A row of results.json from the scores of a system's seeds: their mean, its interval, every seed's, p of
-    no difference from the other system."""
-    mean, seeds = np.mean(scores, 0), [float(score[0]) for score in scores]
-    low, high = np.percentile(mean[1:], [2.5, 97.5])
+def number(system, column, parts):
+    """A row of results.json from the Measured of a system's seeds: their mean, its interval, every seed's
+    value, of a planned contrast p of no difference."""
+    mean, seeds = average(parts), [float(part.score[0]) for part in parts]
+    low, high = np.percentile(mean.score[1:], [2.5, 97.5])
     even = 0 if column.metric == "accuracy" else 50       # a win rate of 50 % is no difference
-    return column._asdict() | dict(system=system, value=float(mean[0]), low=float(low), high=float(high),
-                                   seeds=seeds if len(seeds) > 1 else [],
-                                   p=p_value(mean - even) if column.against else None,
-                                   planned=(system, column.against) in CONTRASTS and column.metric != "LC")
+    planned = (system, column.against) in CONTRASTS and column.metric != "LC"
+    return column._asdict() | dict(system=system, value=float(mean.score[0]), low=float(low),
+                                   high=float(high), seeds=seeds if len(seeds) > 1 else [], planned=planned,
+                                   p=sign_flip_p(mean.values - even) if planned else None)
 
 
 def word_error_rates(rows):
@@ -610,7 +629,7 @@ def word_error_rates(rows):
         chosen = of_task(rows, task)
         errors = [common.word_errors(row["text"], row["transcript"]) for row in chosen]    # (edits, words)
         edits, words = resampled_sums(errors, field(chosen, "group")).T
-        numbers.append(number("Whisper", Column(task, "WER"), [100 * edits / words]))
+        numbers.append(number("Whisper", Column(task, "WER"), [Measured(100 * edits / words)]))
     return numbers
 
 
@@ -700,8 +719,8 @@ def report(results, path):
     judge = results["judge"] or "none: the closer answer to y_ref (WordLlama) wins"
     lines = [f"# Results\n\nPreset `{results['preset']}`, teacher `{results['teacher']}`, student "
              f"`{results['student']}`; {results['source']}: {', '.join(results['items'])}. Judge: {judge}. "
-             "95 % bootstrap intervals; in round brackets training seeds. "
-             "\\* Holm's p < 0.05 over the planned contrasts under "
+             "95 % bootstrap intervals over instructions; in round brackets training seeds, without which all "
+             "this is about these checkpoints. \\* Holm's p < 0.05 over the planned contrasts under "
              f"{results['leading']}; nothing else is tested. On our items `text` is y_ref and the references "
              "are its: agreement, not truth. rba-group was rewarded by BLEU on s2tt. LC: at equal lengths in "
              "words, not AlpacaEval's official number."]

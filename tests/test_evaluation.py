@@ -235,7 +235,7 @@ def test_the_tables_of_a_whole_run(work):
     for row in results["rows"]:
         assert row["low"] - 1e-9 <= row["value"] <= row["high"] + 1e-9 or row["metric"] == "BLEU"
     text = (work / "results.md").read_text()
-    assert "Planned contrasts" in text and "Unheard voices" in text
+    assert "Planned contrasts" in text and "Heard and unheard voices" in text
     assert (work / "results.png").stat().st_size > 5000
 
 
@@ -341,8 +341,8 @@ def test_corpus_scores_are_sacrebleus_own():
         rows.append(dict(answer=answer, reference=[reference], language="French"))
     scores = evaluate.measure_s2tt(rows, list("aabbcd"), None)
     for name, function in (("BLEU", sacrebleu.corpus_bleu), ("chrF", sacrebleu.corpus_chrf)):
-        assert scores[name][0] == pytest.approx(function(answers, [references]).score)
-        for drawn, score in list(zip(evaluate.resample_counts(4), scores[name]))[1:30]:
+        assert scores[name].score[0] == pytest.approx(function(answers, [references]).score)
+        for drawn, score in list(zip(evaluate.resample_counts(4), scores[name].score))[1:30]:
             chosen = []                                   # a group's utterances come together
             for group, times in zip(((0, 1), (2, 3), (4,), (5,)), drawn):
                 chosen += list(group) * int(times)
@@ -350,7 +350,7 @@ def test_corpus_scores_are_sacrebleus_own():
             expected = function([answers[i] for i in chosen], [again]).score
             assert score == pytest.approx(expected, abs=1e-9)
     chinese = [dict(answer="我去商店", reference=["我去商店"], language="Chinese")]
-    assert evaluate.measure_s2tt(chinese, ["a"], None)["BLEU"][0] == pytest.approx(100)
+    assert evaluate.measure_s2tt(chinese, ["a"], None)["BLEU"].score[0] == pytest.approx(100)
 
 
 def test_instructions_are_resampled_whole():
@@ -360,13 +360,13 @@ def test_instructions_are_resampled_whole():
     values = np.repeat(rng.normal(0, 10, 25), 4) + rng.normal(0, 1, 100)   # the voices of a group are alike
     shuffled = rng.permutation(100)
     means = evaluate.group_means(values[shuffled], groups[shuffled])
-    row = evaluate.number("s", evaluate.Column("t", "m"), [evaluate.mean_score(means)])
+    row = evaluate.number("s", evaluate.Column("t", "m"), [evaluate.mean_of(means)])
     by_hand = []
     for _ in range(4000):
         by_hand.append(values.reshape(25, 4)[rng.integers(25, size=25)].mean())
     assert row["value"] == pytest.approx(values.mean())
     assert (row["low"], row["high"]) == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.3)
-    utterances = evaluate.mean_score(values)[1:]          # as if they were independent: half as wide
+    utterances = evaluate.mean_of(values).score[1:]       # as if they were independent: half as wide
     assert np.ptp(np.percentile(utterances, [2.5, 97.5])) < 0.6 * (row["high"] - row["low"])
 
 
@@ -375,8 +375,8 @@ def test_an_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
     evaluate.resample_counts.cache_clear()
     generator, hits = np.random.default_rng(0), 0
     for _ in range(300):
-        score = evaluate.mean_score(generator.normal(1.0, 2.0, 60))
-        row = evaluate.number("s", evaluate.Column("t", "m"), [score])
+        measured = evaluate.mean_of(generator.normal(1.0, 2.0, 60))
+        row = evaluate.number("s", evaluate.Column("t", "m"), [measured])
         hits += row["low"] <= 1.0 <= row["high"]
     evaluate.resample_counts.cache_clear()
     assert 0.90 <= hits / 300 <= 0.98
@@ -391,8 +391,13 @@ def test_holm_by_hand_and_p_of_a_known_shift():
         values += shift - values.mean()
         z = shift * 10 / values.std()
         normal = math.erfc(z / 2 ** 0.5)
-        assert evaluate.p_value(evaluate.mean_score(values)) == pytest.approx(normal, abs=0.03)
-    assert evaluate.p_value(np.zeros(101)) == 1
+        assert evaluate.sign_flip_p(values) == pytest.approx(normal, abs=0.03)
+    for n in (3, 6):                                      # against every way to put the signs
+        values = generator.normal(0.7, 1, n)
+        sums = [abs(np.dot(signs, values)) for signs in itertools.product((-1, 1), repeat=n)]
+        exact = np.mean(np.array(sums) >= abs(values.sum()) - 1e-9)
+        assert evaluate.sign_flip_p(values) == pytest.approx(exact, abs=0.02)
+    assert evaluate.sign_flip_p(np.zeros(4)) == 1
 
 
 def test_consistency_against_a_brute_force_loop():
@@ -428,10 +433,10 @@ def test_consistency_over_groups_that_were_heard_differently():
     vectors = {"r": np.array([1.0, 0]), "s": np.array([0.0, 1])}
     rows = instruct_rows("rrrsrr", ["hi", "Hi!", "hi", "ho", "a", "b"], "aabbcc")
     scores = evaluate.measure_instruct(rows, list("aabbcc"), vectors)
-    assert scores["consistency"][0] == pytest.approx(2 / 3)
-    assert scores["consistency, heard differently"][0] == pytest.approx(1 / 2)                 # b and c
-    assert scores["similarity"][0] == pytest.approx(5 / 6)
-    assert scores["different instructions"][0] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert scores["consistency"].score[0] == pytest.approx(2 / 3)
+    assert scores["consistency, heard differently"].score[0] == pytest.approx(1 / 2)                 # b and c
+    assert scores["similarity"].score[0] == pytest.approx(5 / 6)
+    assert scores["different instructions"].score[0] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
 
 
 def test_the_length_controlled_win_rate_takes_length_out():
@@ -502,8 +507,9 @@ def test_seeds_are_one_row_and_a_paired_difference_is_tight():
     contrast = found["rba-single", "accuracy", "sft+", "all"]
     assert contrast["value"] == pytest.approx(difference["value"]) and len(contrast["seeds"]) == 3
     assert contrast["planned"] and not difference["planned"] and contrast["p"] < 0.001
-    unheard = found["base", "accuracy", "", "unheard"]
-    assert unheard["value"] == pytest.approx(100 * base[1::2].mean())
+    assert difference["p"] is None
+    for at, voices in enumerate(("heard", "unheard")):
+        assert found["base", "accuracy", "", voices]["value"] == pytest.approx(100 * base[at::2].mean())
     assert evaluate.system_of("rba-group-s12") == "rba-group" and evaluate.system_of("sft-seed") == "sft-seed"
 
 
@@ -518,11 +524,12 @@ def test_win_rates_enter_the_tables_with_and_without_length():
     vectors = {"n": np.ones(1), "Neil.": np.ones(1)}
     found = numbers_of(answers, {name: [name] for name in answers}, judge, vectors)
     assert found["rba-group", "WR", "sft", "all"]["value"] == 100
-    assert found["sft+", "WR", "sft", "all"]["value"] == 50 and found["sft+", "WR", "sft", "all"]["p"] == 1
+    assert found["sft+", "WR", "sft", "all"]["value"] == 50
     assert 75 < found["rba-group", "LC", "sft", "all"]["value"] < 100
     assert ("sft", "WR", "sft", "all") not in found
     planned = [key for key, row in found.items() if row["planned"]]
-    assert planned == [("rba-group", "WR", "sft+", "all")] and found[planned[0]]["p"] < 0.001
+    assert planned == [("rba-group", "WR", "sft+", "all")]
+    assert found[planned[0]]["p"] == pytest.approx(0.25, abs=0.02)         # three of three: of eight ways two
 
 
 def test_y_ref_is_in_no_contest_for_closeness_to_y_ref():
@@ -559,7 +566,8 @@ def test_tables_contrasts_and_figure(tmp_path):
     text = (tmp_path / "r.md").read_text()
     assert "Whisper's WER, sqa: 25.0 [24.0, 34.0] %" in text and "count as wrong: 7." in text
     assert text.count("| sft+ | 40.0 [39.0, 49.0] (40.0, 41.0) |") == 1
-    assert "### Unheard voices\n\n|  | sqa accuracy |\n| --- | --- |\n| base | 75.0 [74.0, 84.0] |\n" in text
+    assert ("### Heard and unheard voices\n\n|  | sqa accuracy, unheard |\n| --- | --- |\n"
+            "| base | 75.0 [74.0, 84.0] |\n") in text
     difference = "sqa accuracy − sft+ | 3.0 [2.0, 12.0]"
     assert f"| rba-single | noise:5 | {difference} | 0.0100 | 0.0200\\* |" in text
     assert f"| rba-group | noise:5 | {difference} | 0.0400 | 0.0400\\* |" in text
