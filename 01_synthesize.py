@@ -3,14 +3,17 @@
 The paper's self-synthesis of data (arXiv 2509.03526): no human words, recordings or labels.
 1. [paper] The teacher gets its chat template up to the user's words and writes the words x itself (Magpie,
    arXiv 2406.08464), at T = 1. [ours] top-p 0.9 for the embedded teacher (paper: 0.99-1.00); the template's
-   own system turn, if any (paper: none). `sqa` gets a quiz turn and an opener; `s2tt` a translator turn, and
-   is written and spoken like the rest (paper: public recordings).
+   own system turn, if any (paper: none). `sqa` gets a quiz turn and an opener. [paper] `s2tt` takes recordings
+   and transcripts of a public set (--s2tt), not its translations; [ours] without one it gets a translator turn
+   and is written and spoken like the rest.
 2. [paper] It answers x and the typed request p: y_ref; for `sqa` (RBA-QA) in one to five words. [ours]
-   Greedily, under the one system turn that stands before every x to be answered, by teacher or student.
+   Greedily, under the one system turn that stands before every x to be answered, by teacher or student; for
+   `sqa` behind an opening.
 3. [paper] What nobody would say aloud is dropped. [ours] Which filters do that; rewordings too.
 4. [paper] S = 4 different voices speak every instruction, one voice an `sqa`. [ours] They are Piper's and
    Kokoro's (paper: 2,456 LibriTTS voices cloned by CosyVoice); speed, pitch, filler; half of the voices of
-   `test` occur nowhere else; the acoustic condition in which training will hear the utterance.
+   `test` occur nowhere else; the acoustic condition in which training will hear the utterance. A recording
+   has one speaker: its group is S copies of it, which stage 3 answers S times.
 5. [ours] Whisper listens: transcript and WER are columns. What no TTS should say drops the whole group.
 
 Reads nothing. Writes DIR/data/: {train,valid,test}.jsonl, audio/ (clean), card.md, config.json, batches/.
@@ -39,10 +42,13 @@ import torchaudio
 from tqdm import tqdm
 
 FLAGS = {split: dict(help='groups a task, e.g. "instruct=24,sqa=24,s2tt=8"') for split in SPLITS}
-CONFIG = ("preset", "seed", "teacher", "whisper", "voices", "unheard_voices", "voices_per_item",
+FLAGS["s2tt"] = dict(metavar="KIND:PATH", help="recordings in the place of s2tt's synthesis, as published: "
+                     "covost2:DIR/covost_v2.en_de.train.tsv, mustc:DIR/en-de/data/train, "
+                     "fleurs:DIR/en_us/train.tsv:de_de")
+CONFIG = ("preset", "seed", "teacher", "s2tt", "whisper", "voices", "unheard_voices", "voices_per_item",
           "train_conditions", "language", "instruction_tokens", "top_p", "max_new", "max_seconds", *SPLITS)
 BATCH = 128                                               # user turns sampled per text batch
-SPEECH_BATCH = 32                                         # utterances per speech batch, of whole groups
+SPEECH_GROUPS = 8                                         # groups spoken per speech batch
 GROSS_WER = 0.5                                           # above it, the voice said something else
 # [ours] Bare question words, as no question, answer or entity may stand in this file.
 OPENERS = ("What is the", "Who", "Which", "Where is", "What is the name of", "What", "In which country",
@@ -64,13 +70,6 @@ def is_speakable(text):
     return bool(plain and common.has_words(text) and not re.search(odd, text))
 
 
-def is_english(text):
-    """At least a fifth of the words are common English ones: no other language, no word salad. [ours]"""
-    words = re.findall(r"[a-z']+", text.lower())
-    known = [word for word in words if word in COMMON_WORDS]
-    return bool(words) and 5 * len(known) >= len(words)
-
-
 def check_instruction(task, text, ended):
     """The filter that drops x, or ""; its form: a question for sqa, a sentence for s2tt."""
     form = {"sqa": r".*\?", "s2tt": r"[A-Z].*[.?!]", "instruct": r".*"}[task]
@@ -82,7 +81,7 @@ def check_instruction(task, text, ended):
         return "form"
     if not 3 <= len(text.split()) <= 20:
         return "length"
-    return "" if is_english(text) else "language"
+    return ""
 
 
 def check_answer(task, text, answer, ended):
@@ -119,15 +118,13 @@ class LocalTeacher:
         [samples] = common.sample(self.llm, embeds, end_id, max_new, [seeds], top_p=top_p)
         return [(self.tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in samples]
 
-    @torch.inference_mode()
     def answer(self, prompts, end_id, max_new):
         """N prompts of token ids, each continued greedily -> N (text, ended)."""
-        replies = [None] * len(prompts)
-        for chosen in common.by_length([len(prompt) for prompt in prompts], BATCH):
-            embeds = [common.embed(self.llm, prompts[i]) for i in chosen]                  # (T_i, d)
-            for i, [(ids, ended)] in zip(chosen, common.sample(self.llm, embeds, end_id, max_new)):
-                replies[i] = self.tokenizer.decode(ids, skip_special_tokens=True), ended
-        return replies
+        def embedded(chosen):
+            return [common.embed(self.llm, prompts[i]) for i in chosen]                    # (T_i, d)
+        lengths = list(map(len, prompts))
+        answers = common.answer_all(self.llm, self.tokenizer, lengths, embedded, end_id, max_new)
+        return [(answer.text, answer.ended) for answer in answers]
 
 
 class ServedTeacher(common.Served):
@@ -147,7 +144,7 @@ class ServedTeacher(common.Served):
         # top_k and repetition_penalty: otherwise servers take what generation_config.json says
         return self.call("completions", pick, model=self.model, prompt=prompt, max_tokens=max_new, top_k=-1,
                          temperature=temperature, top_p=top_p, seed=seed % 2 ** 31, repetition_penalty=1.0,
-                         stop=[self.tokenizer.decode([end_id])])
+                         stop=[self.tokenizer.decode([end_id])], stop_token_ids=[end_id])
 
     def write(self, prompt, end_id, max_new, seeds, top_p):
         with ThreadPoolExecutor(32) as pool:
@@ -189,6 +186,37 @@ def write_instructions(teacher, task, batch, args):
     return rows
 
 
+@functools.cache
+def recordings(spec):
+    """--s2tt KIND:PATH -> its items: text, audio, language and, of a long recording, offset and duration."""
+    kind, _, path = spec.partition(":")
+    try:
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        items = list(common.TRANSLATIONS[kind](Path(path)))
+        return [item | dict(audio=str((folder / item["audio"]).resolve())) for item in items]
+    except Exception as error:                            # csv and yaml have errors of their own
+        raise UserError(f"--s2tt {spec}: not as published ({type(error).__name__}: {str(error)[:100]}); give "
+                        f"KIND:PATH, KIND one of {', '.join(common.TRANSLATIONS)}") from None
+
+
+def recorded_instructions(batch, args):
+    """As write_instructions, of the transcripts of recordings, in an order of the seed's own."""
+    items, rows = recordings(args.s2tt), []
+    order = random.Random(derive_seed(args.seed, "recordings")).sample(range(len(items)), len(items))
+    for number in order[batch * BATCH:(batch + 1) * BATCH]:
+        item, dropped = items[number], ""
+        try:
+            seconds = item.get("duration") or soundfile.info(item["audio"]).duration
+            if seconds > args.max_seconds or not common.has_words(item["text"]):
+                dropped = "too long to hear"
+        except soundfile.LibsndfileError:
+            dropped = "no recording"
+        recording = dict(path=item["audio"], offset=item.get("offset", 0.0), duration=item.get("duration"))
+        rows.append(dict(id=f"s2tt-{number:06d}", task="s2tt", text=item["text"], response="",
+                         recording=recording, dropped=dropped))
+    return rows
+
+
 def short_answer(reply):
     """What the teacher wrote behind SHORT_ANSWER -> (answer, ended). A bare name with a capital and no full
     stop, as it is no sentence: the student is to learn the answer, not two ways to write it."""
@@ -226,7 +254,10 @@ def batch_rows(task, batch, args):
         mine = batch + common.rank()
         if not batch_path(args, task, mine).exists():
             teacher = load_teacher(args.teacher, args.device)
-            rows = write_instructions(teacher, task, mine, args)
+            if task == "s2tt" and args.s2tt != "none":
+                rows = recorded_instructions(mine, args)
+            else:
+                rows = write_instructions(teacher, task, mine, args)
             answer_instructions(teacher, task, rows, args)
             common.write_jsonl(batch_path(args, task, mine), rows)
         common.barrier()
@@ -248,6 +279,8 @@ def write_texts(task, wanted, args):
                 bar.update()
             rows.append(row)
         batch += 1
+        if task == "s2tt" and args.s2tt != "none" and batch * BATCH >= len(recordings(args.s2tt)):
+            break                                         # all there are
         if batch > len(known) + 20:
             raise UserError(f"{args.teacher}: {batch} batches of {task} hold {len(known)} turns that pass "
                             "all filters; choose another teacher, or no groups of that task")
@@ -286,7 +319,10 @@ def utterances_of(row, split, voices, unheard, args):
     """A row -> the utterances x^(s) of its group, as train.jsonl has them, still without speech."""
     group, task, items = row["id"], row["task"], []
     seed = derive_seed(args.seed, group, "voices")
-    for s, voice in enumerate(choose_voices(voices, unheard, split, task, args.voices_per_item, seed)):
+    chosen = choose_voices(voices, unheard, split, task, args.voices_per_item, seed)
+    if "recording" in row:
+        chosen = ["recording"] * args.voices_per_item     # one speaker, answered S times by stage 3
+    for s, voice in enumerate(chosen):
         item = dict(
             id=f"{group}-{s}", group=group, split=split, task=task,
             language=args.language if task == "s2tt" else "English",
@@ -294,7 +330,10 @@ def utterances_of(row, split, voices, unheard, args):
             response=row["response"], reference=[row["response"]], audio=f"audio/{group}-{s}.wav",
             voice=voice, seed=derive_seed(args.seed, group, s),
             teacher=args.teacher.rpartition("#")[2])      # the model, wherever a server stands
-        items.append(item | draw_delivery(item, args.train_conditions))
+        item |= draw_delivery(item, args.train_conditions)
+        if "recording" in row:
+            item |= dict(recording=row["recording"], spoken=item["text"], speed=1.0, pitch=1.0)
+        items.append(item)
     return items
 
 
@@ -311,16 +350,6 @@ def draw_delivery(item, conditions):
     return dict(spoken=" ".join(words), speed=round(rng.uniform(0.85, 1.25), 3),
                 pitch=round(2 ** (rng.uniform(-2, 2) / 12), 3),
                 condition="clean" if item["split"] == "test" else condition)
-
-
-def in_batches(groups, size):
-    """Groups -> batches of at most `size` utterances, none of which cuts a group."""
-    batches = [[]]
-    for group in groups:
-        if batches[-1] and len(batches[-1]) + len(group) > size:
-            batches.append([])
-        batches[-1] += group
-    return batches
 
 
 # -------------------------------------------------------------------------------------------------- 4: speech
@@ -405,6 +434,9 @@ def speak(items, threads=1):
     spoken, waves = [], []
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
+            if item["voice"] == "recording":
+                spoken.append((pool.submit(common.read_audio, **item["recording"]), RATE))
+                continue
             key, _, speaker = item["voice"].partition("-" if item["voice"].startswith("kokoro-") else "#")
             voice = load_voice(key)
             phonemes = voice.pronounce(item["spoken"])    # espeak allows one thread at a time, a network many
@@ -431,13 +463,15 @@ def write_speech(items, asr, args):
 
 def speak_groups(groups, args):
     """Batch after batch, shared among the processes by number -> the utterances as they were spoken."""
-    batches, spoken = in_batches(groups, SPEECH_BATCH), []
-    for batch, items in enumerate(tqdm(batches, desc="speak", unit="batch", disable=common.rank() > 0)):
+    batches = [groups[at:at + SPEECH_GROUPS] for at in range(0, len(groups), SPEECH_GROUPS)]
+    for batch, some in enumerate(tqdm(batches, desc="speak", unit="batch", disable=common.rank() > 0)):
         path = batch_path(args, "speech", batch)
         if batch % common.world() == common.rank() and not path.exists():
+            items = list(itertools.chain(*some))
             write_speech(items, load_asr(args.whisper, args.device), args)
             common.write_jsonl(path, items)               # after its wavs: where it stands, they do
     common.barrier()
+    spoken = []
     for batch in range(len(batches)):
         spoken += common.read_jsonl(batch_path(args, "speech", batch), "01_synthesize.py")
     return spoken
@@ -450,7 +484,7 @@ def failed_groups(items, max_seconds):
     for item in items:
         if item["seconds"] > max_seconds:
             failed[item["group"]] = "too long to hear"
-        elif item["wer"] > GROSS_WER:
+        elif item["wer"] > GROSS_WER and item["voice"] != "recording":     # perhaps of another language
             failed[item["group"]] = "gross WER"
     return failed
 
@@ -465,10 +499,13 @@ def data_card(splits, rows, args):
         items, heard = [item for item in splits[split] if item["task"] == task], defaultdict(set)
         for item in items:                                # group -> what Whisper heard in its voices
             heard[item["group"]].add(common.normalise(item["transcript"]))
+        if not items:
+            continue
         agreeing = sum(len(transcripts) == 1 for transcripts in heard.values())
-        share = "one voice" if task == "sqa" else f"{agreeing / max(1, len(heard)):.0%}"
+        several = task != "sqa" and len({item["voice"] for item in items}) > 1
+        share = f"{agreeing / len(heard):.0%}" if several else "one voice"
         hours = sum(item["seconds"] for item in items) / 3600
-        wer = common.mean(item["wer"] for item in items) or 0
+        wer = common.mean(item["wer"] for item in items)
         card += f"| {split} | {task} | {len(heard)} | {len(items)} | {hours:.3f} | {wer:.3f} | {share} |\n"
 
     turns = defaultdict(Counter)                          # first filter failed -> task -> user turns
@@ -511,11 +548,14 @@ def main():
     counts = {split: parse_counts(getattr(args, split)) for split in SPLITS}
     voices, unheard = read_voices(args)
     args.device, data = common.setup_processes(), args.work / "data"
+    if args.s2tt != "none":
+        args.language = common.language_name(recordings(args.s2tt)[0]["language"])
     if not (data / "config.json").exists():               # what can't be loaded leaves no configuration
         load_teacher(args.teacher, args.device)
         load_asr(args.whisper, args.device)
     config = {key: getattr(args, key) for key in CONFIG}
-    config["teacher"] = args.teacher.rpartition("#")[2]   # a server may move
+    config |= dict(teacher=args.teacher.rpartition("#")[2],     # a server may move
+                   served=common.is_url(args.teacher))
     common.record_config(data / "config.json", config)
 
     # ---- 1, 2, 3: instructions, answers, filters

@@ -4,7 +4,8 @@
 2. Optimise from pi_ref's weights, V = pi_theta / pi_ref of an answer given its own voice's speech:
    rba-group   L_G = -log sigma(beta log V+ - beta log V-), + and - the answers of one instruction's voices
                that the reward model likes best and least [Eq. 2];
-   rba-single  L_S alike, + the teacher's y_ref, - the model's own answer, in every voice; no rewards [Eq. 6];
+   rba-single  L_S alike, + the teacher's y_ref, - the model's own answer, in every voice; rewards are for
+               the log alone [Eq. 6];
    either with lambda L_CE beside it [Eq. 5; for rba-single ours], L_CE as in Eq. 1.
 
 Where this departs from the paper, or chooses in its silence [ours]:
@@ -41,7 +42,7 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
          "temperature": dict(type=float, help="T at which the samples are drawn"),
          "reward": dict(choices=("semantic", "rm"), help="r of rba-group"),
          "reward-model": dict(help="of --reward rm: directory or hub id"),
-         "reference": dict(choices=("sft", "none"), default="sft", help="none: V = pi_theta"),
+         "reference": dict(choices=("init", "none"), default="init", help="none: V = pi_theta"),
          "rounds": dict(type=common.count, help="how often samples are drawn"),
          "control": dict(choices=("shuffled", "positive", "text"), default="none", help="what must not work "
                          "as well: pairs by chance; no negative; the true words in the place of speech"),
@@ -253,7 +254,7 @@ def update(model, batch, items, heard, samples, args):
     mine, lengths = range(common.rank(), len(batch), common.world()), []
     for g in mine:
         words = sum(len(heard[i]["ids"]) for i in batch[g])
-        lengths.append(words + len(batch[g]) * (common.PROMPT_TOKENS + args.max_new))
+        lengths.append(words + len(batch[g]) * (common.PROMPT_TOKENS + 2 * args.max_new))  # y_ref and y
     for chunk in common.token_batches(lengths, args.micro_tokens):
         chosen = [mine[at] for at in chunk]
         utterances = list(itertools.chain(*(batch[g] for g in chosen)))
@@ -343,7 +344,8 @@ def main():
         args.objective = objective
         keys = ("objective", "beta", "lambda_ce", "ce_reduction", "temperature", "reward", "reward_model",
                 "reference", "rounds", "control", "batch_size", "max_new")
-        run = common.Run(model, args, args.out or objective, init, args.max_steps, rate, held_out,
+        name = args.out or objective + f"-{args.control}" * (args.control != "none")
+        run = common.Run(model, args, name, init, args.max_steps, rate, held_out,
                          **{key: getattr(args, key) for key in keys})
         if not run.done:
             align(model, items, heard, reward, run, args)

@@ -6,7 +6,8 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
 
 1. [paper] Instruction following: win rate (WR) and length-controlled win rate (LC) by GPT-4o, against base,
    text, sft. [ours] --judge: an LLM by URL, asked in both orders, or a reward model; else the answer closer
-   to y_ref wins, and LC, whose prior is a judge's taste for length, is left out. Spoken-Alpaca, the paper's set out of domain, goes in by --data FILE.jsonl.
+   to y_ref wins, and LC, whose prior is a judge's taste for length, is left out. Spoken-Alpaca, the paper's
+   set out of domain, goes in by --data FILE.jsonl.
 2. [paper] Spoken question answering: accuracy. [ours] An answer is right that holds a reference's words as
    one run, after Whisper's normalisation: the paper does not give its rule.
 3. [paper] Translation: corpus BLEU (sacrebleu as it is, its version in results.json); [ours] chrF beside it.
@@ -15,8 +16,8 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
    different instructions: who says one thing is consistent.
 5. [ours] Agreement with y_ref, unheard voices, planned contrasts with Holm's correction.
 
-Each number has a 95 % bootstrap interval over instructions (all voices of one together); a planned contrast has
-a sign-flip test over instructions, as a bootstrap's p is too small for few. Both ask what other instructions
+Each number has a 95 % bootstrap interval over instructions (all voices of one together); a planned contrast
+has a sign-flip test over instructions, as a bootstrap's p is too small for few. Both ask what other instructions
 would say of these checkpoints; how far another training seed moves them, only the seeds' own numbers say.
 A *score* here is an array (1 + R,): the number, then that of each of R resamples, which all systems share.
 
@@ -28,7 +29,6 @@ Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.
     python 04_evaluate.py --ask question.wav           every system's answer to one recording
     python 04_evaluate.py --draw results.json          tables and figure of a results.json again
 """
-import csv
 import functools
 import json
 import re
@@ -44,8 +44,10 @@ from common import UserError
 import numpy as np
 import sacrebleu
 import torch
+from matplotlib import pyplot
+from safetensors.torch import load_file
 from tqdm import tqdm
-from whisper.tokenizer import LANGUAGES                   # {"de": "german"}
+from transformers import PreTrainedTokenizerFast
 
 FLAGS = {
     "systems": dict(help="comma-separated; default: all that DIR holds"),
@@ -79,13 +81,9 @@ ACCURACY, SIMILARITY = Column("sqa", "accuracy"), Column("instruct", "similarity
 COSINES = ("similarity", "consistency", "consistency, heard differently", "different instructions")   # 0 to 1
 MAIN = (ACCURACY, SIMILARITY, Column("s2tt", "BLEU"))     # of the figure
 TABLES = {
-    "Win rate, %": [
-        Column("instruct", "WR", "base"), Column("instruct", "WR", "text"), Column("instruct", "WR", "sft")],
-    "Length-controlled win rate, %": [
-        Column("instruct", "LC", "base"), Column("instruct", "LC", "text"), Column("instruct", "LC", "sft")],
-    "Spoken question answering, %": [
-        ACCURACY, Column("sqa", "accuracy", "base"), Column("sqa", "accuracy", "text"),
-        Column("sqa", "accuracy", "sft")],
+    "Win rate, %": [Column("instruct", "WR", other) for other in OPPONENTS],
+    "Length-controlled win rate, %": [Column("instruct", "LC", other) for other in OPPONENTS],
+    "Spoken question answering, %": [ACCURACY] + [ACCURACY._replace(against=other) for other in OPPONENTS],
     "Translation": [Column("s2tt", "BLEU"), Column("s2tt", "chrF")],
     "Consistency over voices": [
         Column("instruct", "consistency"), Column("instruct", "consistency, heard differently"),
@@ -97,19 +95,11 @@ TABLES = {
 
 
 # ---------------------------------------------------------------------------------- public sets, as published
-TSV = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
 QUESTIONS = {                                             # table: recording, question, answers, between them
     "llama_questions_300.tsv": ("Wav Filename", "Questions", "Answer", None),
     "llama_questions.csv": ("audio_filename", "Questions", "Answer", None),
     "web_questions.csv": ("audio_filename", "question", "answers", ";"),
     "trivia_qa.csv": ("audio_filename", "question", "answer_normalized_aliases", ",")}
-
-
-def table_rows(path, **dialect):
-    """Rows of a CSV or TSV file with a header, an empty cell as ""."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, **dialect):
-            yield {name: (cell or "").strip() for name, cell in row.items()}
 
 
 def question_table(path):
@@ -118,43 +108,10 @@ def question_table(path):
     [table] = [path / name for name in QUESTIONS if (path / name).is_file()]
     recording, question, answer, between = QUESTIONS[table.name]
     google = table.suffix == ".tsv"
-    for row in table_rows(table, **TSV if google else {}):
+    for row in common.table_rows(table, **common.TSV if google else {}):
         references = row[answer].split(between) if between else [row[answer]]
         yield dict(audio=row[recording] if google else f"audios/{row[recording]}", text=row[question],
                    reference=references)
-
-
-def covost2(path):
-    """covost_v2.SRC_TGT.SPLIT.tsv; the recordings of Common Voice in clips/ beside it."""
-    language = path.name.split(".")[1].split("_")[1].partition("-")[0]
-    for row in table_rows(path, escapechar="\\", **TSV):
-        yield dict(audio=f"clips/{row['path']}", text=row["sentence"], reference=row["translation"],
-                   language=language)
-
-
-def mustc(path):
-    """DIR/en-TGT/data/SPLIT: txt/SPLIT.yaml (segments), line by line with txt/SPLIT.en, .TGT."""
-    import yaml
-    target, sides = path.parents[1].name.partition("-")[2], []
-    segments = yaml.safe_load((path / "txt" / f"{path.name}.yaml").read_text(encoding="utf-8"))
-    for language in ("en", target):                       # no splitlines: text may hold line separators
-        text = (path / "txt" / f"{path.name}.{language}").read_text(encoding="utf-8")
-        sides.append(text.rstrip("\n").split("\n"))
-    for segment, text, translation in zip(segments, *sides, strict=True):
-        yield dict(audio=f"wav/{segment['wav']}", offset=float(segment["offset"]), language=target,
-                   duration=float(segment["duration"]), text=text, reference=translation)
-
-
-def fleurs(path):
-    """DIR/SRC/SPLIT.tsv:TGT, no header; joined with DIR/TGT/SPLIT.tsv by id, which several speakers share."""
-    source, _, target = str(path).rpartition(":")
-    source, translations = Path(source), {}
-    columns = ("id", "file", "raw", "text", "characters", "samples", "gender")
-    for row in table_rows(source.parents[1] / target / source.name, fieldnames=columns, **TSV):
-        translations[row["id"]] = row["raw"]
-    for row in table_rows(source, fieldnames=columns, **TSV):
-        yield dict(audio=f"audio/{source.stem}/{row['file']}", text=row["raw"],
-                   reference=translations.get(row["id"], ""), language=target.partition("_")[0])
 
 
 def own_items(path):
@@ -163,8 +120,7 @@ def own_items(path):
         yield row | dict(text=row.get("text") or row["instruction"])
 
 
-READERS = {"llama_questions": question_table, "openaudiobench": question_table, "covost2": covost2,
-           "mustc": mustc, "fleurs": fleurs}
+READERS = {"llama_questions": question_table, "openaudiobench": question_table} | common.TRANSLATIONS
 
 
 def complete(item, number, language):
@@ -172,8 +128,7 @@ def complete(item, number, language):
     item.setdefault("id", str(number))
     item.setdefault("group", item["id"])                  # one voice
     item.setdefault("task", "s2tt" if "language" in item else "sqa")
-    code = item.get("language", language).replace("cmn", "zh")             # FLEURS' Mandarin
-    item["language"] = LANGUAGES.get(code, code).title()
+    item["language"] = common.language_name(item.get("language", language))
     item.setdefault("prompt", common.REQUESTS[item["task"]].format(language=item["language"]))
     references = item.get("reference", [])
     references = references if isinstance(references, list) else [references]
@@ -201,7 +156,7 @@ def read_set(spec, language):
     for item in tqdm(items, desc="read", unit="item", leave=False):
         try:
             common.item_wave(folder, item)
-            if item["reference"] and not common.has_words(item["reference"][0]):
+            if item["task"] != "instruct" and not any(map(common.has_words, item["reference"])):
                 raise UserError(f"item {item['id']}: its reference has no words")
         except UserError as error:
             item["unusable"] = str(error)
@@ -222,7 +177,7 @@ def usable(items):
 # ---------------------------------------------------------------------------------------------------- answers
 def choose_checkpoints(args):
     """Names of the checkpoints to evaluate, in the tables' order; UserError for one that is not in DIR."""
-    trained = [path.stem for path in args.work.glob("*.pt") if "." not in path.stem]
+    trained = [path.stem for path in args.work.glob("*.pt") if not path.stem.endswith(".resume")]
     chosen = args.systems.split(",") if args.systems else [*UNTRAINED, *trained]
     for name in set(chosen) - {*UNTRAINED, *trained}:
         raise UserError(f"--systems {name}: no {args.work / name}.pt; there are {', '.join(sorted(trained))}")
@@ -251,14 +206,12 @@ def answer(model, checkpoint, items, heard, args):
         tokenizer, llm = common.load_llm(args.teacher, model.device)
         end_id = common.chat_parts(tokenizer)[2]
         embedded = common.text_prompts(tokenizer, llm, field(items, "text"), prompts)
-        answers = [None] * len(items)
-        for chosen in common.by_length(list(map(len, embedded)), 64):
-            replies = common.sample(llm, [embedded[i] for i in chosen], end_id, args.max_new)
-            for i, [(ids, _)] in zip(chosen, replies):
-                answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return answers
-    model.load(args.work / f"{checkpoint}.pt" if checkpoint != "base" else "none")
-    return [reply.text for reply in model.answer(heard, prompts, args.max_new)]
+        replies = common.answer_all(llm, tokenizer, list(map(len, embedded)),
+                                    lambda chosen: [embedded[i] for i in chosen], end_id, args.max_new)
+    else:
+        model.load(args.work / f"{checkpoint}.pt" if checkpoint != "base" else "none")
+        replies = model.answer(heard, prompts, args.max_new)
+    return field(map(vars, replies), "text")
 
 
 def write_answers(model, path, checkpoint, items, heard, args):
@@ -405,20 +358,23 @@ def consistency(vectors, groups):
     return same[:, 0], cosines / np.maximum(pairs, 1)
 
 
-def embed_answers(by_condition):
-    """{text: (256,) of length 1} of every answer and first reference to an instruction: the mean of static
-    token vectors (github.com/dleemiller/WordLlama), an encoder that is no reward."""
-    from safetensors.torch import load_file
-    from transformers import PreTrainedTokenizerFast
-    with common.loading("wordllama", "sentence embedder") as path:
+def embed_answers(by_condition, encoder):
+    """{text: unit row (d,)} of every answer and first reference to an instruction, by an encoder that is no
+    reward: sentence embeddings, or `wordllama`, the mean of static token vectors (github.com/dleemiller)."""
+    texts = set()
+    for answers in by_condition.values():
+        for row in of_task(sum(answers.values(), []), "instruct"):
+            texts.update((row["answer"], *row["reference"][:1]))
+    texts = sorted(texts)
+    if encoder != "wordllama":
+        return dict(zip(texts, common.Embedder(encoder)(texts).double().numpy())) if texts else {}
+    with common.loading(encoder, "sentence embedder") as path:
         table = load_file(f"{path}/model.safetensors")["embedding.weight"].double()        # (32000, 256)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{path}/tokenizer.json")
     vectors = {}
-    for answers in by_condition.values():
-        for row in of_task(sum(answers.values(), []), "instruct"):
-            for text in (row["answer"], *row["reference"][:1]):
-                ids = tokenizer(text, add_special_tokens=False).input_ids
-                vectors[text] = torch.nn.functional.normalize(table[ids].sum(0), dim=0).numpy()
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        vectors[text] = torch.nn.functional.normalize(table[ids].sum(0), dim=0).numpy()
     return vectors
 
 
@@ -561,7 +517,7 @@ def win_rates(rows, others, judge, vectors):
 
 # ------------------------------------------------------------------------------------ numbers of the tables
 @dataclass
-class Condition:
+class Comparison:
     """What every checkpoint answered under one condition, and all that comparing them needs."""
     answers: dict                                         # {checkpoint: its rows}
     systems: dict                                         # {system: its checkpoints, one a training seed}
@@ -580,7 +536,7 @@ class Condition:
             self.alone[checkpoint] = scores
 
     def compare(self, checkpoint, system):
-        """Win rates and accuracy's difference against a system, in the mean of its seeds: {Column: Measured}."""
+        """Win rates and accuracy's difference against a system, its seeds' mean: {Column: Measured}."""
         found, rows = defaultdict(list), of_task(self.answers[checkpoint], "instruct")
         for other in self.systems[system]:
             if ACCURACY in self.alone[other]:
@@ -693,7 +649,7 @@ def contrast_table(results):
 
 def plot(results, path):
     """The main metrics of every system with their intervals, a marker for each condition; seeds as dots."""
-    pyplot, systems = common.pyplot(), results["systems"]
+    systems = results["systems"]
     figure, axes = pyplot.subplots(1, len(MAIN), figsize=(4.4 * len(MAIN), 3.6))
     for row in results["rows"]:
         if column_of(row) in MAIN:
@@ -716,7 +672,7 @@ def plot(results, path):
 
 def report(results, path):
     """results.json's content -> `path`.md and .png; prints the tables."""
-    judge = results["judge"] or "none: the closer answer to y_ref (WordLlama) wins"
+    judge = results["judge"] or f"none: the closer answer to y_ref ({results['encoder']}) wins"
     lines = [f"# Results\n\nPreset `{results['preset']}`, teacher `{results['teacher']}`, student "
              f"`{results['student']}`; {results['source']}: {', '.join(results['items'])}. Judge: {judge}. "
              "95 % bootstrap intervals over instructions; in round brackets training seeds, without which all "
@@ -737,7 +693,7 @@ def report(results, path):
 # ------------------------------------------------------------------------------------------------------ main
 def ask(args, checkpoints):
     """Print every system's answer to one recording."""
-    wave, model = common.read_audio(args.ask), common.load_speechlm(vars(args))
+    wave, model = common.read_audio(args.ask), common.load_speechlm(vars(args), common.setup_processes())
     heard = model.listen([wave])
     print(f"{args.ask}: {len(wave) / common.RATE:.1f} s; Whisper hears: {heard[0]['text']}")
     for checkpoint in checkpoints:
@@ -753,7 +709,8 @@ def describe(args, items, systems, judge):
         chosen = of_task(items, task)
         counts.append(f"{task} {len(common.groups_of(chosen))} instructions in {len(chosen)} utterances")
     conditions = list(dict.fromkeys(args.conditions.split(",")))
-    return dict(preset=args.preset, seed=args.seed, teacher=args.teacher, student=args.student, items=counts,
+    return dict(preset=args.preset, seed=args.seed, teacher=args.teacher, student=args.student, encoder=args.encoder,
+                items=counts,
                 source=f"`{args.data}`" if args.data else "held-out speech of 01",
                 unusable=[item["id"] for item in items if "unusable" in item],
                 judge=judge and judge.name, conditions=conditions, leading=conditions[:2][-1],
@@ -788,7 +745,7 @@ def main():
         judge = ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device)
         judge = KeptJudge(getattr(judge, "name", args.judge), judge, answers / "judged.jsonl")
     model, systems = common.load_speechlm(vars(args), device), {}
-    if "text" in checkpoints and common.is_url(args.teacher) and "response" not in items[0]:
+    if "text" in checkpoints and getattr(args, "served", False) and "response" not in items[0]:
         checkpoints.remove("text")                        # [ours] a served teacher answers in 01 alone
     for checkpoint in checkpoints:
         systems.setdefault(system_of(checkpoint), []).append(checkpoint)
@@ -801,11 +758,11 @@ def main():
     if common.rank():
         return
     # ---- measure and report
-    vectors = embed_answers(by_condition)
+    vectors = embed_answers(by_condition, args.encoder)
     train_voices = [] if args.data else field(common.read_items(args.work, "train"), "voice")
     results = describe(args, items, systems, judge)
     for condition, rows in by_condition.items():
-        for row in Condition(rows, systems, judge, vectors, set(train_voices)).numbers():
+        for row in Comparison(rows, systems, judge, vectors, set(train_voices)).numbers():
             results["rows"].append(dict(condition=condition) | row)
     path = args.work / (f"results-{name}.json" if args.data else "results.json")
     common.write_json(path, results)

@@ -7,18 +7,18 @@ SpeechLM's own sample, pi_theta the SpeechLM, pi_ref its checkpoint before stage
 *group* is the utterances of one instruction in its S voices. Marks: [paper] the paper says so, [ours] we
 chose.
 
-Reading order: presets - errors and files - processes - models - audio - SpeechLM - sampling - rewards -
-training.
+Reading order: presets - errors and files - processes - models - audio - LoRA - SpeechLM - log-probabilities
+and sampling - rewards and training.
 """
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import math
@@ -35,9 +35,11 @@ import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ["MPLBACKEND"] = "Agg"                          # plots go to files alone
 try:
     import numpy as np
     import sacrebleu
@@ -50,6 +52,7 @@ try:
     import whisper
     import whisper.normalizers
     import whisper.tokenizer
+    from matplotlib import pyplot
     from torch import nn
     from torch.utils.checkpoint import checkpoint
     from tqdm import tqdm
@@ -72,6 +75,7 @@ _EMBEDDED = dict(
     teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
     reward="semantic", reward_model="none", language="French",
     # 01
+    s2tt="none",
     voices="piper-joe,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo",
     unheard_voices="kokoro-jf_gongitsune,kokoro-jf_nezumi", voices_per_item=4, train_conditions="babble:4-14",
     instruction_tokens=32, top_p=0.9, max_new=48, max_seconds=9.0,
@@ -79,7 +83,7 @@ _EMBEDDED = dict(
     lora_r=16, checkpointing=False, micro_tokens=2048, lr=1e-4, rl_lr=1e-4, beta=0.1, lambda_ce=0.2,
     ce_reduction="sum", temperature=0.7, rounds=1,
     # 04
-    conditions="clean,babble:8")
+    conditions="clean,babble:8", encoder="wordllama")
 PRESETS = {
     "tiny": _EMBEDDED | dict(
         train="instruct=16,sqa=24,s2tt=4", valid="instruct=6,sqa=6", test="instruct=6,sqa=12,s2tt=3",
@@ -90,6 +94,7 @@ PRESETS = {
     "paper": _EMBEDDED | dict(
         teacher="meta-llama/Llama-3.1-70B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
         whisper="large-v3", embedder="sentence-transformers/all-MiniLM-L6-v2", language="German",
+        encoder="sentence-transformers/paraphrase-mpnet-base-v2",
         reward="rm", reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B",
         voices="en_US-libritts_r-medium.onnx#0-799", unheard_voices="en_US-libritts_r-medium.onnx#800-903",
         train_conditions="clean", instruction_tokens=96, top_p=0.99, max_new=256, max_seconds=30.0,
@@ -133,7 +138,7 @@ def parse_args(doc, flags, argv=None):
     made, own = args.work / "data" / "config.json", {"preset": args.preset or "tiny"}
     if made.is_file() and "train" not in flags:           # 01 compares all of its configuration
         config = json.loads(made.read_text())["config"]
-        own = {key: config[key] for key in ("preset", "teacher")}
+        own = {key: config[key] for key in ("preset", "teacher", "served")}
         for key in own.keys() & given.keys():
             if given[key].rpartition("#")[2] != own[key]:
                 raise UserError(f"--{key} {given[key]}: the data in {args.work} were made with {own[key]}; "
@@ -218,10 +223,7 @@ def append_jsonl(path, rows):
 
 
 def write_torch(path, value):
-    """torch.save, atomically; the same content gives the same bytes."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_atomic(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+    write_atomic(path, lambda temporary: torch.save(value, temporary))
 
 
 def read_jsonl(path, produced_by="", torn=False):
@@ -293,10 +295,10 @@ def record_config(path, config):
             write_json(path, {"config": config} | environment())
         return
     old = json.loads(path.read_text())["config"]
-    for key in old.keys() | config.keys():
+    for key in config | old:
         if old.get(key) != config.get(key):
             raise UserError(f"{path}: made with {key} {old.get(key)}, not {config.get(key)}; use another "
-                            "--work or --out")
+                            "--work or --out, or delete what stands there")
 
 
 def environment():
@@ -307,14 +309,6 @@ def environment():
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     hardware = {"cpus": os.cpu_count(), "machine": platform.machine(), "gpu": gpu}
     return {"versions": versions, "hardware": hardware}
-
-
-def pyplot():
-    """matplotlib's, drawing to files alone."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -681,12 +675,6 @@ class RewardModel:
         return rewards
 
 
-def by_length(lengths, batch_size):
-    """Indices in batches of like length."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
-
-
 # ------------------------------------------------------------------------------------------------------ audio
 def read_audio(path, max_seconds=30.0, offset=0.0, duration=None):
     """wav, flac, ogg or mp3 of any rate -> (samples,) float32 at 16 kHz, mono; of a long recording the
@@ -777,12 +765,70 @@ def condition_wave(folder, items, i, condition=None):
     """Waveform of the i-th item under a condition (None: its own), seeded by its id; babble is the sum of the
     next utterances of up to four other groups."""
     condition, others, groups = condition or items[i]["condition"], [], {items[i]["group"]}
-    for hop in range(1, len(items) if condition.startswith("babble") else 1):
-        other = items[(i + hop) % len(items)]
-        if other["group"] not in groups and len(others) < 4:
-            groups.add(other["group"])
-            others.append(item_wave(folder, other))
+    if condition.startswith("babble"):
+        for hop in range(1, len(items)):
+            other = items[(i + hop) % len(items)]
+            if other["group"] not in groups:
+                groups.add(other["group"])
+                others.append(item_wave(folder, other))
+            if len(others) == 4:
+                break
+        if not others:
+            raise UserError(f"item {items[i]['id']}: babble takes utterances of other groups; use noise:DB")
     return perturb(item_wave(folder, items[i]), condition, derive_seed(items[i]["id"], condition), others)
+
+
+# ---- public sets of recordings, transcripts and translations, as they are published
+TSV = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def table_rows(path, **dialect):
+    """Rows of a CSV or TSV file with a header, an empty cell as ""."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file, **dialect):
+            yield {name: (cell or "").strip() for name, cell in row.items()}
+
+
+def language_name(code):
+    """"de" -> "German"; a name stays."""
+    code = code.replace("cmn", "zh")                      # FLEURS' Mandarin
+    return whisper.tokenizer.LANGUAGES.get(code, code).title()
+
+
+def covost2(path):
+    """covost_v2.SRC_TGT.SPLIT.tsv; the recordings of Common Voice in clips/ beside it."""
+    language = path.name.split(".")[1].split("_")[1].partition("-")[0]
+    for row in table_rows(path, escapechar="\\", **TSV):
+        yield dict(audio=f"clips/{row['path']}", text=row["sentence"], reference=row["translation"],
+                   language=language)
+
+
+def mustc(path):
+    """DIR/en-TGT/data/SPLIT: txt/SPLIT.yaml (segments), line by line with txt/SPLIT.en, .TGT."""
+    import yaml
+    target, sides = path.parents[1].name.partition("-")[2], []
+    segments = yaml.safe_load((path / "txt" / f"{path.name}.yaml").read_text(encoding="utf-8"))
+    for language in ("en", target):                       # no splitlines: text may hold line separators
+        text = (path / "txt" / f"{path.name}.{language}").read_text(encoding="utf-8")
+        sides.append(text.rstrip("\n").split("\n"))
+    for segment, text, translation in zip(segments, *sides, strict=True):
+        yield dict(audio=f"wav/{segment['wav']}", offset=float(segment["offset"]), language=target,
+                   duration=float(segment["duration"]), text=text, reference=translation)
+
+
+def fleurs(path):
+    """DIR/SRC/SPLIT.tsv:TGT, no header; joined with DIR/TGT/SPLIT.tsv by id, which several speakers share."""
+    source, _, target = str(path).rpartition(":")
+    source, translations = Path(source), {}
+    columns = ("id", "file", "raw", "text", "characters", "samples", "gender")
+    for row in table_rows(source.parents[1] / target / source.name, fieldnames=columns, **TSV):
+        translations[row["id"]] = row["raw"]
+    for row in table_rows(source, fieldnames=columns, **TSV):
+        yield dict(group=row["id"], audio=f"audio/{source.stem}/{row['file']}", text=row["raw"],
+                   reference=translations.get(row["id"], ""), language=target.partition("_")[0])
+
+
+TRANSLATIONS = {"covost2": covost2, "mustc": mustc, "fleurs": fleurs}
 
 
 def whisper_tokenizer(asr):
@@ -803,7 +849,8 @@ def listen(asr, waves, window=30.0, batch_size=16):
     asr.dims, asr._modules = copy.copy(asr.dims), asr._modules | {"encoder": copy.copy(asr.encoder)}
     asr.dims.n_audio_ctx = context = int(min(window, 30) * 50)
     asr.encoder._buffers = {"positional_embedding": asr.encoder.positional_embedding[:context]}
-    options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False, sample_len=96)
+    options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False,
+                                      sample_len=96 if window < 30 else None)
     start, out, endless, held = list(tokenizer.sot_sequence_including_notimestamps), [], [], {}
     hook = asr.decoder.ln.register_forward_hook(lambda module, inputs, output: held.update(states=output))
     for at in range(0, len(waves), batch_size):
@@ -859,12 +906,6 @@ class _Frozen(torch.autograd.Function):
         return (gradient.to(ctx.weight.dtype) @ ctx.weight).to(gradient.dtype), None       # (..., in)
 
 
-@dataclass
-class Adapter:
-    """Whether an LLM's low-rank branches take part."""
-    on: bool = True
-
-
 class LoRALinear(nn.Module):
     """y = W x + 2 B A x: W frozen in the LLM's own precision, A (r, in) and B (out, r) in float32, y in
     float32.
@@ -901,10 +942,12 @@ class LoRALinear(nn.Module):
         return y
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
     """The heads that share a key head stand as more queries of it, so that keys and values are not repeated
     for each: on a CPU two thirds of the time, forward and backward. (rows, heads, T, d) -> (rows, T, heads,
     d)."""
+    if softcap is not None or s_aux is not None:
+        raise UserError("this LLM caps or shifts its attention scores, which is not done here; use another")
     rows, heads, length, size = query.shape
     groups = heads // key.shape[1]
     query = query.reshape(rows, key.shape[1], groups * length, size)
@@ -917,7 +960,7 @@ def adapt(llm, r, seed=0):
     """Put LoRALinear in the place of every linear layer of the LLM's decoder, W alone in its head's."""
     transformers.AttentionInterface.register("grouped", grouped_attention)
     llm.eval().requires_grad_(False)
-    adapter, body = Adapter(), llm.get_decoder()
+    adapter, body = SimpleNamespace(on=True), llm.get_decoder()   # on: the branches take part
     torch.manual_seed(seed)                               # A starts the same on every process
     for parent in list(body.modules()):
         for name, layer in list(parent.named_children()):
@@ -1061,17 +1104,12 @@ class SpeechLM(nn.Module):
         """y as token ids with the end-of-turn token."""
         return self.tokenizer(text, add_special_tokens=False).input_ids + [self.end_id]
 
-    @torch.inference_mode()
-    def answer(self, heard, prompts, max_new, seeds=None, temperature=1.0, batch_size=64):
+    def answer(self, heard, prompts, max_new, seeds=None, temperature=1.0):
         """N results of `listen` and requests p -> N Answers: greedy, or sampled, each from its own seed."""
-        answers = [None] * len(heard)
-        for chosen in by_length([len(row["ids"]) for row in heard], batch_size):
-            some = self.speech_prompts([heard[i] for i in chosen], [prompts[i] for i in chosen])
-            own = None if seeds is None else [[seeds[i]] for i in chosen]
-            replies = sample(self.llm, some, self.end_id, max_new, own, temperature)
-            for i, [(ids, ended)] in zip(chosen, replies):
-                answers[i] = Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, ended)
-        return answers
+        def some(chosen):
+            return self.speech_prompts([heard[i] for i in chosen], [prompts[i] for i in chosen])
+        lengths = [len(row["ids"]) for row in heard]
+        return answer_all(self.llm, self.tokenizer, lengths, some, self.end_id, max_new, seeds, temperature)
 
     @contextlib.contextmanager
     def as_text_llm(self):
@@ -1111,7 +1149,8 @@ class SpeechLM(nn.Module):
         if str(path) != "none":
             held = load_checkpoint(path)
         if held["config"] != self.config or held["state"].keys() != self.initial.keys():
-            raise UserError(f"{path}: a checkpoint of {held['config']}, not of {self.config}; use its preset")
+            raise UserError(f"{path}: a checkpoint of {held['config']}, not of {self.config}; give its "
+                            "--preset and --student")
         self.set_state(held["state"])
         return held
 
@@ -1361,6 +1400,22 @@ def token_batches(lengths, limit):
     return [*batches, range(start, len(lengths))] if lengths else []
 
 
+@torch.inference_mode()
+def answer_all(llm, tokenizer, lengths, prompts_of, end_id, max_new, seeds=None, temperature=1.0):
+    """Continue N prompts, those of like length together -> N Answers: greedy, or sampled, each from its seed.
+
+    prompts_of(indices) -> their prompts, a list of (T_i, d).
+    """
+    answers, order = [None] * len(lengths), sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for at in range(0, len(order), 64):
+        chosen = order[at:at + 64]
+        own = None if seeds is None else [[seeds[i]] for i in chosen]
+        replies = sample(llm, prompts_of(chosen), end_id, max_new, own, temperature)
+        for i, [(ids, ended)] in zip(chosen, replies):
+            answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, ended)
+    return answers
+
+
 # --------------------------------------------------------------------------------------- rewards and training
 def bleu_tokenizer(language):
     """sacrebleu's tokenizer for a target language."""
@@ -1581,7 +1636,7 @@ class Run:
 
 def plot_log(rows, panels, path):
     """Curves of a run's log, a panel for each list of names, and the held-out reward's paired change."""
-    figure, axes = pyplot().subplots(1, len(panels) + 1, figsize=(3.3 * (len(panels) + 1), 3), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels) + 1, figsize=(3.3 * (len(panels) + 1), 3), squeeze=False)
     for axis, names in zip(axes[0, 1:], panels):
         for name, style in zip(names, ("k-", "k--", "k:", "k-.")):
             own = [row for row in rows if row.get(name) is not None]
@@ -1599,4 +1654,4 @@ def plot_log(rows, panels, path):
     axes[0, 0].title.set_fontsize(8)
     figure.tight_layout()
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    pyplot().close(figure)
+    pyplot.close(figure)

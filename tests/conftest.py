@@ -129,7 +129,7 @@ def write_groups(work):
                              voice=f"tempo-{s}", seconds=len(wave) / common.RATE, condition=f"babble:{snr}"))
     for split in common.SPLITS:
         common.write_jsonl(work / "data" / f"{split}.jsonl", rows)
-    config = {"preset": "tiny", "teacher": "smollm2-135m"}
+    config = {"preset": "tiny", "teacher": "smollm2-135m", "served": False}
     common.write_json(work / "data" / "config.json", {"config": config})
     return work
 
@@ -139,7 +139,8 @@ def groups(tmp_path_factory):
     return write_groups(tmp_path_factory.mktemp("groups") / "work")
 
 
-SIZES = ("--train", "instruct=2,sqa=3,s2tt=1", "--valid", "instruct=1,sqa=1", "--test", "instruct=2,sqa=2,s2tt=1")
+SIZES = ("--train", "instruct=2,sqa=3,s2tt=1", "--valid", "instruct=1,sqa=1",
+         "--test", "instruct=2,sqa=2,s2tt=1")
 TRAIN = ("--max-steps", 1, "--batch-size", 3)
 
 

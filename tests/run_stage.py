@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-TEST_SIZES = {"BATCH": 40, "SPEECH_BATCH": 8, "SAMPLED": 2}
+TEST_SIZES = {"BATCH": 40, "SPEECH_GROUPS": 2, "SAMPLED": 2}
 
 
 def die_at(number):

@@ -1,11 +1,13 @@
 """Stage 1: its filters, draws and voices, and the data set it wrote."""
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import test_evaluation
 import torch
 from conftest import SENTENCES, stage
 
@@ -25,16 +27,10 @@ def test_speakable(text, good):
     assert synthesize.is_speakable(text) == good
 
 
-def test_language():
-    assert synthesize.is_english("Can you tell me what the weather is like?")
-    assert not synthesize.is_english("Je voudrais un café") and not synthesize.is_english("")
-
-
 @pytest.mark.parametrize("task, text, ended, failed", [
     ("instruct", "Tell me a story about a dog.", True, ""),
     ("instruct", "Tell me a story about a dog.", False, "ended"),
     ("instruct", "Tell me", True, "length"), ("instruct", "the dog " * 11, True, "length"),
-    ("instruct", "Je voudrais un petit chat", True, "language"),
     ("sqa", "Who was the first king", True, "form"),
     ("s2tt", "i am going home.", True, "form"), ("s2tt", "I am going home.", True, "")])
 def test_the_first_filter_that_drops_an_instruction(task, text, ended, failed):
@@ -122,18 +118,12 @@ def test_deliveries_differ_with_the_seed_and_test_is_clean():
     assert -5 <= min(amounts["noise"]) < -3 < -1 < max(amounts["noise"]) <= 0
 
 
-def test_speech_batches_hold_whole_groups():
-    groups = [[f"{group}-{s}" for s in range(1 + 3 * (group % 2))] for group in range(9)]
-    batches = synthesize.in_batches([list(group) for group in groups], 8)
-    assert sum(batches, []) == sum(groups, []) and max(map(len, batches)) <= 8
-    for group in groups:
-        assert sum(not set(group).isdisjoint(batch) for batch in batches) == 1
-
-
 def test_one_gross_failure_drops_its_group():
     items = []
     for group, seconds, wer in (("long", 9.1, 0.1), ("wrong", 2.0, 0.51), ("good", 9.0, 0.5)):
-        items += [dict(group=group, seconds=2.0, wer=0.0), dict(group=group, seconds=seconds, wer=wer)]
+        for own in ((2.0, 0.0), (seconds, wer)):
+            items.append(dict(group=group, voice="v", seconds=own[0], wer=own[1]))
+    items.append(dict(group="of another language", voice="recording", seconds=2.0, wer=1.0))
     assert synthesize.failed_groups(items, 9.0) == {"long": "too long to hear", "wrong": "gross WER"}
 
 
@@ -211,6 +201,28 @@ def test_the_request_to_a_served_teacher(monkeypatch):
     assert teacher.tokenizer.decode(before).endswith("<|im_start|>user\n")
 
 
+@pytest.mark.parametrize("name, language", [("covost2", "German"), ("mustc", "French"), ("fleurs", "Chinese")])
+def test_s2tt_on_recordings(name, language, tmp_path, waves, monkeypatch):
+    """A training split as published: transcripts are answered by the teacher, translations stay unread."""
+    spec, expected, _ = getattr(test_evaluation, name)(tmp_path, waves)
+    wanted = len({text for _, text, _ in expected})
+    monkeypatch.setattr(synthesize, "check_answer", lambda *_: "")         # this teacher can't translate
+    flags = ["--train", f"s2tt={wanted}", "--valid", "s2tt=0", "--test", "s2tt=0", "--s2tt", spec]
+    monkeypatch.setattr(sys, "argv", ["01_synthesize.py", "--work", str(tmp_path / "work"), *flags])
+    synthesize.main()
+    items = common.read_items(tmp_path / "work", "train")
+    assert len(items) == 4 * len({item["group"] for item in items}) == 4 * wanted
+    for item in items:
+        assert item["language"] == language and item["prompt"] == f"Translate what I said into {language}."
+        references = [reference for _, text, reference in expected if text == item["text"]]
+        assert references and item["response"] and [item["response"]] not in references
+        wave, whole = common.item_wave(tmp_path / "work" / "data", item), waves[
+            SENTENCES.index(item["text"].strip('"'))]
+        assert item["voice"] == "recording" and abs(len(wave) - len(whole)) <= 2400
+    with pytest.raises(common.UserError, match="--s2tt covost2:x: not as published"):
+        synthesize.recordings("covost2:x")
+
+
 # ----------------------------------------------------------------------------------------------------- voices
 def multi_speaker(tmp_path, monkeypatch):
     """A Piper file of 904 speakers: the embedded voice, whose network's speaker ids are written down."""
@@ -238,7 +250,7 @@ def test_speakers_of_one_piper_file(tmp_path, monkeypatch):
     assert inputs == [[898], [903]] and min(map(len, waves)) > common.RATE
     with pytest.raises(common.UserError, match="PATH.onnx#0-903 of its 904 speakers"):
         synthesize.voice_names(f"{path}#900-904")
-    assert synthesize.voice_names(f"{tmp_path},{path}") == [str(path)] * 2                     # a folder of them
+    assert synthesize.voice_names(f"{tmp_path},{path}") == [str(path)] * 2        # a folder
 
 
 @pytest.mark.parametrize("spec", ["joe", "kokoro-jf_x", "no/such.onnx", "no/such.onnx#0-3", "v.onnx#amy"])

@@ -103,7 +103,7 @@ def test_shuffled_pairs_have_no_direction():
 
 @pytest.mark.parametrize("control", ["none", "positive"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("reference", ["sft", "none"])
+@pytest.mark.parametrize("reference", ["init", "none"])
 @pytest.mark.parametrize("objective", ["rba-group", "rba-single"])
 def test_losses_by_hand(objective, reference, reduction, control):
     """L_CE, the preference loss and its gradient of two groups of four and one of one, against a loop over
@@ -122,7 +122,7 @@ def test_losses_by_hand(objective, reference, reduction, control):
     for rows in groups:
         own = [(log_probs[at + 2 * s], log_probs[at + 2 * s + 1]) for s in range(len(rows))]
         at += 2 * len(rows)
-        refs = [(row["logp_y_ref"], row["logp_answer"]) if reference == "sft" else (0, 0) for row in rows]
+        refs = [(row["logp_y_ref"], row["logp_answer"]) if reference == "init" else (0, 0) for row in rows]
         ce_wanted += [-float(y_ref.sum()) / (1 if reduction == "sum" else len(y_ref)) for y_ref, _ in own]
         pairs = [((s, 0), (s, 1)) for s in range(len(rows))]
         if objective == "rba-group" and len(rows) > 1:
@@ -242,7 +242,7 @@ def test_an_update_backpropagates_eq_5(restored, groups):
                                        logp_answer=-9.0 - s, why="",
                                        role=("positive", "", "negative", "", "")[s])
     args = SimpleNamespace(objective="rba-group", beta=0.1, lambda_ce=0.2, ce_reduction="sum",
-                           reference="sft", control="none", micro_tokens=4000, max_new=16)
+                           reference="init", control="none", micro_tokens=4000, max_new=16)
     def log_p(i, y):
         [lp] = common.token_log_probs(model.llm, model.speech_prompts([heard[i]], [""]), [[y]])
         return lp.sum()

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from types import SimpleNamespace
 from collections import Counter
 
 import numpy as np
@@ -212,7 +213,7 @@ def test_sampler_learner_and_evaluator_are_one(restored, sounds):
 def test_lora_is_w_plus_2_b_a():
     """Value and gradients against a plain linear layer in float64."""
     torch.manual_seed(0)
-    linear, adapter = torch.nn.Linear(48, 32, dtype=torch.bfloat16), common.Adapter()
+    linear, adapter = torch.nn.Linear(48, 32, dtype=torch.bfloat16), SimpleNamespace(on=True)
     layer = common.LoRALinear(linear, 4, adapter)
     torch.nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(5, 48).bfloat16().float().requires_grad_()
@@ -396,7 +397,9 @@ def test_a_sample_does_not_depend_on_its_batch(toy):
 
 def test_answers_are_the_same_alone_and_permuted(restored, sounds):
     model = restored
-    together = model.answer(sounds, REQUESTS, 16, batch_size=3)
+    together = model.answer(sounds, REQUESTS, 16)
+    alone = [model.answer([sound], [request], 16)[0] for sound, request in zip(sounds, REQUESTS)]
+    assert [answer.text for answer in alone] == [answer.text for answer in together]
     order = [2, 0, 3, 1]
     permuted = model.answer([sounds[i] for i in order], [REQUESTS[i] for i in order], 16)
     assert [together[i].text for i in order] == [answer.text for answer in permuted]

@@ -268,7 +268,8 @@ def test_a_teacher_with_other_tokens_teaches_by_its_words_alone(run, work, token
     write_llama(student, transformers.LlamaForCausalLM, tokenizer)
     tokenizer.add_tokens(["<|one more|>"])
     write_llama(teacher, transformers.LlamaForCausalLM, tokenizer)
-    common.write_json(work / "data" / "config.json", {"config": {"preset": "tiny", "teacher": str(teacher)}})
+    config = {"preset": "tiny", "teacher": str(teacher), "served": False}
+    common.write_json(work / "data" / "config.json", {"config": config})
     flags = "--student", student, "--max-steps", 1, "--batch-size", 2
     run("02_sft_warmup", *flags)                          # all that can be computed
     assert {path.name for path in work.glob("*.pt")} == {"sft.pt", "sft+.pt"}
