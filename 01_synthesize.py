@@ -3,9 +3,9 @@
 The paper's self-synthesis of data (arXiv 2509.03526): no human words, recordings or labels.
 1. [paper] The teacher gets its chat template up to the user's words and writes the words x itself (Magpie,
    arXiv 2406.08464), at T = 1. [ours] top-p 0.9 for the embedded teacher (paper: 0.99-1.00); the template's
-   own system turn, if any (paper: none). `sqa` gets a quiz turn and an opener. [paper] `s2tt` takes recordings
-   and transcripts of a public set (--s2tt), not its translations; [ours] without one it gets a translator turn
-   and is written and spoken like the rest.
+   own system turn, if any (paper: none). `sqa` gets a quiz turn and an opener. [paper] `s2tt` takes
+   recordings and transcripts of a public set (--s2tt), not its translations; [ours] without one it gets a
+   translator turn, and is written and spoken like the rest.
 2. [paper] It answers x and the typed request p: y_ref; for `sqa` (RBA-QA) in one to five words. [ours]
    Greedily, under the one system turn that stands before every x to be answered, by teacher or student; for
    `sqa` behind an opening.

@@ -17,8 +17,8 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
 5. [ours] Agreement with y_ref, unheard voices, planned contrasts with Holm's correction.
 
 Each number has a 95 % bootstrap interval over instructions (all voices of one together); a planned contrast
-has a sign-flip test over instructions, as a bootstrap's p is too small for few. Both ask what other instructions
-would say of these checkpoints; how far another training seed moves them, only the seeds' own numbers say.
+has a sign-flip test over instructions, as a bootstrap's p is too small for few. Both ask what other
+instructions would say of these checkpoints; what another training seed would, its own numbers alone say.
 A *score* here is an array (1 + R,): the number, then that of each of R resamples, which all systems share.
 
 Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.md, results.png.
@@ -503,7 +503,7 @@ def closer(rows, others, vectors):
 
 
 def win_rates(rows, others, judge, vectors):
-    """Measured in % of instruct rows against another checkpoint's: WR, by a judge LC (of R / 10 resamples)."""
+    """Measured in % of instruct rows against another checkpoint's: WR, by a judge LC (R / 10 resamples)."""
     groups = field(rows, "group")
     wins = group_means(judge(rows, others) if judge else closer(rows, others, vectors), groups)
     rates = {"WR": mean_of(100 * wins)}
@@ -675,8 +675,8 @@ def report(results, path):
     judge = results["judge"] or f"none: the closer answer to y_ref ({results['encoder']}) wins"
     lines = [f"# Results\n\nPreset `{results['preset']}`, teacher `{results['teacher']}`, student "
              f"`{results['student']}`; {results['source']}: {', '.join(results['items'])}. Judge: {judge}. "
-             "95 % bootstrap intervals over instructions; in round brackets training seeds, without which all "
-             "this is about these checkpoints. \\* Holm's p < 0.05 over the planned contrasts under "
+             "95 % bootstrap intervals over instructions; in round brackets training seeds, without which this "
+             "is about these checkpoints alone. \\* Holm's p < 0.05 over the planned contrasts under "
              f"{results['leading']}; nothing else is tested. On our items `text` is y_ref and the references "
              "are its: agreement, not truth. rba-group was rewarded by BLEU on s2tt. LC: at equal lengths in "
              "words, not AlpacaEval's official number."]
@@ -709,8 +709,8 @@ def describe(args, items, systems, judge):
         chosen = of_task(items, task)
         counts.append(f"{task} {len(common.groups_of(chosen))} instructions in {len(chosen)} utterances")
     conditions = list(dict.fromkeys(args.conditions.split(",")))
-    return dict(preset=args.preset, seed=args.seed, teacher=args.teacher, student=args.student, encoder=args.encoder,
-                items=counts,
+    return dict(preset=args.preset, seed=args.seed, teacher=args.teacher, student=args.student,
+                encoder=args.encoder, items=counts,
                 source=f"`{args.data}`" if args.data else "held-out speech of 01",
                 unusable=[item["id"] for item in items if "unusable" in item],
                 judge=judge and judge.name, conditions=conditions, leading=conditions[:2][-1],

@@ -201,7 +201,8 @@ def test_the_request_to_a_served_teacher(monkeypatch):
     assert teacher.tokenizer.decode(before).endswith("<|im_start|>user\n")
 
 
-@pytest.mark.parametrize("name, language", [("covost2", "German"), ("mustc", "French"), ("fleurs", "Chinese")])
+@pytest.mark.parametrize("name, language", [
+    ("covost2", "German"), ("mustc", "French"), ("fleurs", "Chinese")])
 def test_s2tt_on_recordings(name, language, tmp_path, waves, monkeypatch):
     """A training split as published: transcripts are answered by the teacher, translations stay unread."""
     spec, expected, _ = getattr(test_evaluation, name)(tmp_path, waves)
