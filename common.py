@@ -86,8 +86,8 @@ _EMBEDDED = dict(
     conditions="clean,babble:8", encoder="wordllama")
 PRESETS = {
     "tiny": _EMBEDDED | dict(
-        train="instruct=16,sqa=24,s2tt=4", valid="instruct=6,sqa=6", test="instruct=6,sqa=12,s2tt=3",
-        sft_steps=10, sft_batch=8, rl_steps=10, rl_batch=8, held_out=12),
+        train="instruct=10,sqa=16,s2tt=2", valid="instruct=5,sqa=5", test="instruct=6,sqa=10,s2tt=2",
+        sft_steps=8, sft_batch=6, rl_steps=6, rl_batch=6, held_out=10),
     "small": _EMBEDDED | dict(
         train="instruct=500,sqa=1000", valid="instruct=64,sqa=128", test="instruct=300,sqa=300",
         sft_steps=60, sft_batch=16, rl_steps=60, rl_batch=16, held_out=128),
