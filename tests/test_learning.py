@@ -57,6 +57,7 @@ def test_sft_learns_four_instructions(train, work, model):
     assert loss[-1] < loss[0] / 10, loss
     assert all(value.abs().max() > 0 for name, value in state.items() if "lora_B" in name)
     assert all(row["grad_norm/lora"] > 0.1 * row["grad_norm"] for row in rows if "grad_norm" in row)
+    assert curve(rows, "held_out/kl")[-1] > 1             # log pi_theta - log pi_ref of its own samples
     items, answers = greedy(work, model, work / "sft.pt")
     assert sum(answer == item["response"] for item, answer in zip(items, answers)) >= 14
 

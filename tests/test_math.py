@@ -229,11 +229,12 @@ def test_the_samples_are_described_by_hand():
     assert found["samples/positive_heard_better"] == 1 and found["samples/in_a_pair"] == 0.5
 
 
-def test_an_update_backpropagates_eq_5(restored, groups):
+def test_an_update_backpropagates_eq_5(groups, monkeypatch):
     """Gradients and log of `update` against the formula on each utterance alone: L_G over two pairs, L_CE
     over the nine utterances of a batch in which one group has no pair and another stands twice;
-    micro-batches change nothing."""
-    model, items = restored, common.read_items(groups, "train")
+    micro-batches change nothing. float32, as only order differs there."""
+    monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
+    model, items = common.SpeechLM(common.PRESETS["tiny"]), common.read_items(groups, "train")
     heard = common.listen_to_split(model, groups, groups / "data" / "train.jsonl", items, window=12.0)
     batch, samples = [[0, 1, 2, 3], [4], [0, 1, 2, 3]], {}
     for s, i in enumerate([0, 1, 2, 3, 4]):
@@ -255,6 +256,6 @@ def test_an_update_backpropagates_eq_5(restored, groups):
     for args.micro_tokens in (4000, 100):
         model.zero_grad()
         metrics = rba.update(model, batch, items, heard, samples, args)
-        assert metrics["loss"] == pytest.approx(float(wanted.detach()), rel=2e-2) and metrics["pairs"] == 2
+        assert metrics["loss"] == pytest.approx(float(wanted.detach()), rel=1e-4) and metrics["pairs"] == 2
         for name, p in model.trainable().items():
-            assert (p.grad - gradients[name]).norm() <= 0.1 * gradients[name].norm() + 1e-6, name
+            assert (p.grad - gradients[name]).norm() <= 1e-3 * gradients[name].norm() + 1e-6, name
