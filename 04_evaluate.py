@@ -675,7 +675,7 @@ def report(results, path):
     judge = results["judge"] or f"none: the closer answer to y_ref ({results['encoder']}) wins"
     lines = [f"# Results\n\nPreset `{results['preset']}`, teacher `{results['teacher']}`, student "
              f"`{results['student']}`; {results['source']}: {', '.join(results['items'])}. Judge: {judge}. "
-             "95 % bootstrap intervals over instructions; in round brackets training seeds, without which this "
+             "95 % bootstrap intervals over instructions; in round brackets training seeds, without which it "
              "is about these checkpoints alone. \\* Holm's p < 0.05 over the planned contrasts under "
              f"{results['leading']}; nothing else is tested. On our items `text` is y_ref and the references "
              "are its: agreement, not truth. rba-group was rewarded by BLEU on s2tt. LC: at equal lengths in "
