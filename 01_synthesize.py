@@ -454,9 +454,8 @@ def write_speech(items, asr, args):
     """Speak a batch of utterances into its wav files and let Whisper listen to them; fills in the items."""
     waves = speak(items, max(1, os.cpu_count() // common.world()))
     for item, wave, heard in zip(items, waves, common.listen(asr, waves, args.window)):
-        errors, words = common.word_errors(item["text"], heard["text"])
-        item |= dict(seconds=round(len(wave) / RATE, 3), transcript=heard["text"],
-                     wer=round(errors / words, 4))
+        errors, words = common.word_errors(item["text"], heard)
+        item |= dict(seconds=round(len(wave) / RATE, 3), transcript=heard, wer=round(errors / words, 4))
         write = functools.partial(soundfile.write, data=wave.numpy(), samplerate=RATE, format="WAV")
         common.write_atomic(args.work / "data" / item["audio"], write)                    # 16 bits
 

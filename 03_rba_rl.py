@@ -308,19 +308,6 @@ def align(model, items, heard, reward, run, args):
         common.plot_log(run.rows, panels, args.work / "plots" / f"{run.name}.png")
 
 
-def as_text(model, items):
-    """The true words in the place of what was heard: the control for "it is about hearing"."""
-    rows = []
-    for item in items:
-        ids = model.tokenizer(item["text"], add_special_tokens=False).input_ids
-        if model.published:                               # whose LLM reads vectors alone
-            states = common.embed(model.llm, ids).cpu()
-        else:
-            states = torch.zeros(len(ids), model.bridge.in_features)                       # W h = 0
-        rows.append(dict(text=item["text"], ids=ids, states=states))
-    return rows
-
-
 def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.out and not args.objective:
@@ -338,7 +325,7 @@ def main():
     path = args.work / "data" / "train.jsonl"
     heard = common.listen_to_split(model, args.work, path, items, window=args.window)
     if args.control == "text":
-        heard = as_text(model, items)
+        heard = [model.read(item["text"]) for item in items]   # the true words
     held_out = common.HeldOut(model, args, reward)
     for objective in [args.objective] if args.objective else ["rba-group", "rba-single"]:
         args.objective = objective

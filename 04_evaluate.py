@@ -218,9 +218,7 @@ def write_answers(model, path, checkpoint, items, heard, args):
     """One checkpoint's answers under one condition, unless they stand in `path`: rows of an item, the answer,
     how many words that has, what Whisper heard. What can't be heard has an empty answer."""
     weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
-    key = [items, args.student, args.teacher, args.max_new, common.fingerprint(weights)]
-    for row in heard:
-        key.append([row["text"], float(row["states"].double().sum())])
+    key = [items, field(heard, "text"), args.student, args.teacher, args.max_new, common.fingerprint(weights)]
     key = common.digest(key)                              # of all that the answers depend on
     if path.exists() and common.read_jsonl(path)[0]["key"] == key:
         return

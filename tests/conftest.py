@@ -26,7 +26,7 @@ def stage(name):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
-    config.addinivalue_line("markers", "learns: trains for a minute")
+    config.addinivalue_line("markers", "learns: trains for a minute; run with -m learns")
     config.addinivalue_line("markers", "slow: full scale, minutes; run with -m slow")
 
 
@@ -40,9 +40,9 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_collection_modifyitems(config, items):
     if not config.option.markexpr:
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        later = [item for item in items if {"slow", "learns"} & set(item.keywords)]
+        config.hook.pytest_deselected(items=later)
+        items[:] = [item for item in items if item not in later]
 
 
 # ---------------------------------------------------------------------------- a stage in a process of its own
@@ -78,7 +78,7 @@ def die(script, work, at, *flags, **options):
 # --------------------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(scope="session")
 def model():
-    """The tiny preset's SpeechLM: real Whisper, real LLM; W and LoRA's B are 0. Tests leave it as it was."""
+    """The tiny preset's SpeechLM: real Whisper, real LLM; LoRA's B is 0. Tests leave it as it was."""
     return common.SpeechLM(common.PRESETS["tiny"])
 
 

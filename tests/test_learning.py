@@ -56,7 +56,6 @@ def test_sft_learns_four_instructions(train, work, model):
     loss = curve(rows, "loss")
     assert loss[-1] < loss[0] / 10, loss
     assert all(value.abs().max() > 0 for name, value in state.items() if "lora_B" in name)
-    assert all(row["grad_norm/lora"] > 0.1 * row["grad_norm"] for row in rows if "grad_norm" in row)
     assert curve(rows, "held_out/kl")[-1] > 1             # log pi_theta - log pi_ref of its own samples
     items, answers = greedy(work, model, work / "sft.pt")
     assert sum(answer == item["response"] for item, answer in zip(items, answers)) >= 14
@@ -76,7 +75,7 @@ def words(items, answers):
     return [-float(len(answer.split())) for answer in answers]
 
 
-GROUP = ("--objective", "rba-group", "--init", "none", "--batch-size", 4, "--max-steps", 8, "--rounds", 2,
+GROUP = ("--objective", "rba-group", "--init", "none", "--batch-size", 4, "--max-steps", 12, "--rounds", 3,
          "--lr", 1e-3, "--lambda-ce", 0, "--temperature", 1)
 
 

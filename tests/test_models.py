@@ -32,74 +32,22 @@ def sounds(model, waves):
 def test_synthesized_speech_is_transcribed_back(model, waves):
     for window in (30.0, 12.0):                           # the shortened window hears the same
         for text, heard in zip(SENTENCES, common.listen(model.asr, waves, window)):
-            assert common.word_errors(text, heard["text"])[0] == 0, (window, text, heard["text"])
-            assert heard["states"].shape == (len(heard["tokens"]), 384)
+            assert common.word_errors(text, heard)[0] == 0, (window, text, heard)
 
 
-def test_states_are_those_that_wrote_the_transcript(model, waves):
-    """Against whisper's own transcribe and a token-by-token run of its decoder over each utterance alone."""
-    tokenizer, head = common.whisper_tokenizer(model.asr), model.asr.decoder.token_embedding.weight
+def test_the_transcript_is_whispers_own(model, waves):
+    """Against whisper's transcribe of each utterance alone."""
     for wave, heard in zip(waves, common.listen(model.asr, waves)):
         said = whisper.transcribe(model.asr, wave.numpy(), language="en", fp16=False, temperature=0.0,
                                   without_timestamps=True)
-        assert heard["text"] == said["text"].strip()
-        encoded = model.asr.encoder(whisper.log_mel_spectrogram(whisper.pad_or_trim(wave), 80)[None])
-        prefix = list(tokenizer.sot_sequence_including_notimestamps)
-        for token, state in zip(heard["tokens"], heard["states"]):
-            logits = model.asr.decoder(torch.tensor([prefix]), encoded)[0, -1]
-            torch.testing.assert_close(head @ state.float(), logits, rtol=2e-2, atol=5e-2)   # kept as float16
-            assert int(logits[:tokenizer.eot].argmax()) == token
-            prefix.append(token)
-    for alone, together in zip(waves, common.listen(model.asr, waves, 12.0)):
-        [alone] = common.listen(model.asr, [alone], 12.0)  # padding changes nothing
-        assert alone["tokens"] == together["tokens"]
-        torch.testing.assert_close(alone["states"], together["states"], rtol=1e-2, atol=1e-2)
+        assert heard == said["text"].strip()
 
 
-def test_every_token_of_the_llm_has_the_states_that_wrote_it(model, monkeypatch):
-    """Against a character by character assignment, with states that name their token; accents, odd splits."""
-    tokenizer = common.whisper_tokenizer(model.asr)
-    texts = ["Who was Tchaikovsky's teacher in 1865?", "Où est le café naïve, señor?",
-             "Antidisestablishment,  now!", "é", ""]
-
-    def stub(asr, waves, window):                         # chosen transcripts instead of speech
-        rows = [tokenizer.encode(" " + text if text else "") for text in texts]
-        return [dict(text=text, skipped=1, tokens=row, states=torch.eye(64)[:len(row)].half())
-                for text, row in zip(texts, rows)]
-    monkeypatch.setattr(common, "listen", stub)
-    for text, heard in zip(texts, model.listen(texts)):
-        tokens = tokenizer.encode(" " + text if text else "")
-        pieces = [tokenizer.encoding.decode_single_token_bytes(token) for token in tokens]
-        mine = model.tokenizer(text, return_offsets_mapping=True)
-        assert heard["ids"] == mine["input_ids"] and len(heard["states"]) == len(heard["ids"])
-        for (a, z), state in zip(mine["offset_mapping"], heard["states"]):
-            first, last = (len((" " + text)[:1 + at].encode()) for at in (a, z))
-            at, wanted = 0, []
-            for i, piece in enumerate(pieces):
-                if at < last and at + len(piece) > first:
-                    wanted.append(i)
-                at += len(piece)
-            assert state.nonzero()[:, 0].tolist() == wanted and wanted
-            assert state.sum() == pytest.approx(1, abs=1e-2)
-
-
-def test_the_untrained_speechlm_reads_the_transcript(restored, sounds):
-    """W = 0: the vectors are the transcript's own embeddings; with a W: plus W h, in float64, h as long as an
-    embedding is on average."""
-    model, table = restored, restored.llm.get_input_embeddings().weight
+def test_the_untrained_speechlm_reads_the_transcript(model, sounds):
+    table = model.llm.get_input_embeddings().weight
     for row in sounds:
         assert torch.equal(model.hear(row), table[model.tokenizer(row["text"]).input_ids].float())
-    shape = model.bridge.weight.shape
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
-    with torch.no_grad():
-        model.bridge.weight.copy_(w)
-    mean_norm = table.double().norm(dim=1).mean()
-    for row in sounds:
-        wanted = []
-        for token, h in zip(row["ids"], row["states"].double()):
-            wanted.append(table[token].double() + w @ (h / h.norm() * mean_norm))
-        torch.testing.assert_close(model.hear(row).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
-    assert len(model.hear(dict(text="", ids=[], states=torch.zeros(0, 384).half()))) == 0
+    assert len(model.hear(model.read(""))) == 0
 
 
 def test_conditions_do_what_they_say(waves):
@@ -240,21 +188,20 @@ def move(model, size=0.02):
             p.add_(size * torch.randn(p.shape, generator=generator))
 
 
-@pytest.fixture(scope="module")
-def original():
-    """transformers' own model in float32, with the weights that ours has in bfloat16."""
-    path = common.resolve("smollm2-135m")
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+@pytest.fixture(scope="module", params=["smollm2-135m", "gemma3-270m"])
+def student(request, model):
+    """A SpeechLM, and transformers' own LLM in float32 with the weights that ours has in bfloat16."""
+    path = common.resolve(request.param)
+    original = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ours = common.SpeechLM(common.PRESETS["tiny"] | dict(student=request.param))
+    return ours, original
 
 
-@pytest.fixture(scope="module")
-def chats(model):
-    before, after, _ = common.chat_parts(model.tokenizer)
-    return [before + model.tokenizer(text).input_ids + after for text in SENTENCES]
-
-
-def test_greedy_answers_are_the_original_models(model, original, chats):
+def test_greedy_answers_are_the_original_models(student):
     """Each token is the likeliest under transformers' own float32 model, but for what bfloat16 may turn."""
+    model, original = student
+    before, after, _ = common.chat_parts(model.tokenizer)
+    chats = [before + model.read(text)["ids"] + after for text in SENTENCES]
     prompts = [common.embed(model.llm, ids) for ids in chats]
     for ids, [(answer, ended)] in zip(chats, common.sample(model.llm, prompts, model.end_id, 24)):
         said = answer + [model.end_id] * ended
@@ -264,15 +211,28 @@ def test_greedy_answers_are_the_original_models(model, original, chats):
         assert len(said) > 3
 
 
-def test_log_probabilities_are_the_original_models_loss(model, original):
+def test_log_probabilities_are_the_original_models_loss(student):
+    model, original = student
+    table = original.get_input_embeddings()
     with torch.no_grad():
         prompts = common.text_prompts(model.tokenizer, model.llm, SENTENCES, REQUESTS)
         got = common.token_log_probs(model.llm, prompts, answers_of(model))
         for prompt, [y], lp in zip(prompts, answers_of(model), got):
-            inputs = torch.cat([prompt, original.get_input_embeddings()(torch.tensor(y))])[None]
+            inputs = torch.cat([prompt, table(torch.tensor(y))])[None]
             labels = torch.tensor([[-100] * len(prompt) + y])
             loss = original(inputs_embeds=inputs, labels=labels).loss
             assert float(-lp.mean()) == pytest.approx(float(loss), abs=0.03)
+
+
+def test_gemmas_tokenizer_is_the_original():
+    """Ids of the published tokenizer; what is decoded is what was written; a line end ends an answer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(common.resolve("gemma3-270m"))
+    assert tokenizer("The capital of France is").input_ids == [818, 5279, 529, 7001, 563]
+    for text in ("Où est le café naïve, señor?", "two  spaces", "你好 🦜"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    before, after, end = common.chat_parts(tokenizer)
+    assert tokenizer.decode(before) == f"<bos>{common.SYSTEM}\n\nUser:\n" and tokenizer.decode([end]) == "\n"
+    assert tokenizer.decode(after) == "\n\nAssistant:\n"
 
 
 def test_text_llm_is_the_base_model_whatever_the_adapter(restored):
@@ -419,13 +379,13 @@ def test_chat_parts_are_the_chat_template(model):
             common.chat_parts(broken)
 
 
-def test_gradients_reach_bridge_and_lora_and_nothing_else(restored, sounds):
+def test_gradients_reach_lora_and_nothing_else(restored, sounds):
     model = restored
     prompts = model.speech_prompts(sounds[:1], [""])
     [lp] = common.token_log_probs(model.llm, prompts, [[model.answer_ids("It is Paris.")]])
     lp.sum().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert "bridge.weight" in reached and any("lora_B" in name for name in reached)
+    assert any("lora_B" in name for name in reached)
     assert reached <= model.trainable().keys()
 
 

@@ -226,7 +226,7 @@ def test_a_published_student_goes_through_all_stages(published, run, work):
         held = common.load_checkpoint(work / f"{name}.pt")
         assert [past["objective"] for past in held["history"]] == ["sft", name]
         assert held["state"].keys() == published.ours.trainable().keys()
-        assert log_of(work, name)[-1]["pairs"] > 0 and log_of(work, name)[-1]["grad_norm/lora"] > 0
+        assert log_of(work, name)[-1]["pairs"] > 0 and log_of(work, name)[-1]["grad_norm"] > 0
     run("04_evaluate", *student[2:], "--conditions", "noise:5")
     systems = json.loads((work / "results.json").read_text())["systems"]
     assert systems == ["text", "base", "sft", "rba-single", "rba-group"]
