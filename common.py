@@ -519,7 +519,8 @@ def _gemma_tokenizer(path):
     tokenizer, decoders = tokenizers.Tokenizer(bpe), tokenizers.decoders
     tokenizer.normalizer, spaces = tokenizers.normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
     tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", chat_template=_LINES)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>",
+                                                chat_template=_LINES)
 
 
 def _read_ctranslate2(data):
