@@ -1,6 +1,6 @@
 """Stage 1: a teacher writes instructions and answers by itself, and several voices speak each instruction.
 
-The paper's self-synthesis of data (arXiv 2509.03526): no human words, recordings or labels.
+The paper's self-synthesis of data (arXiv 2509.03526): no human words, recordings or labels, but --s2tt's.
 1. [paper] The teacher gets its chat template up to the user's words and writes the words x itself (Magpie,
    arXiv 2406.08464), at T = 1. [ours] top-p 0.9 for the embedded teacher (paper: 0.99-1.00); the template's
    own system turn, if any (paper: none). `sqa` gets a quiz turn and an opener. [paper] `s2tt` takes
@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common                                             # first: it says in one line what is missing
-from common import RATE, SPLITS, TASKS, UserError, derive_seed
+from common import RATE, SHORT_ANSWER, SPLITS, TASKS, UserError, derive_seed
 
 import numpy as np
 import soundfile
@@ -55,8 +55,7 @@ OPENERS = ("What is the", "Who", "Which", "Where is", "What is the name of", "Wh
            "Who was the")
 QUIZ = ("You are a quiz expert. The user asks a short trivia question about geography, science, history, "
         "nature or everyday things, and you answer it with one word or one name.")
-# A teacher of 135M parameters keeps to one to five words in 5 % of its answers, in 90 % behind this opening.
-SHORT_ANSWER, SHORT_TOKENS = 'The answer is "', 16
+SHORT_TOKENS = 16                                         # a teacher may write behind SHORT_ANSWER
 COMMON_WORDS = set(
     "a an and are can could do does for from give has have how i in is it me my of on one some tell that the "
     "there they this to was we what when where which who will with would you your".split())
@@ -264,25 +263,27 @@ def batch_rows(task, batch, args):
     return common.read_jsonl(batch_path(args, task, batch), "01_synthesize.py")
 
 
-def write_texts(task, wanted, args):
+def write_texts(task, wanted, known, args):
     """Batch after batch of a task, until `wanted` rows are not dropped -> all rows of these batches. Every
-    process reads the same batches, so all stop at the same one."""
-    rows, known, batch = [], set(), 0
+    process reads the same batches, so all stop at the same one. known: the content words of every task's
+    rows so far; a rewording of one is dropped, as it might come into another split."""
+    rows, kept, batch = [], 0, 0
     bar = tqdm(desc=f"write {task}", unit="group", total=wanted, disable=common.rank() > 0)
-    while len(known) < wanted:
+    while kept < wanted:
         for row in batch_rows(task, batch, args):
             words = content_words(row["text"])
             if not row["dropped"] and words in known:
                 row["dropped"] = "duplicate"
             if not row["dropped"]:
                 known.add(words)
+                kept += 1
                 bar.update()
             rows.append(row)
         batch += 1
         if task == "s2tt" and args.s2tt != "none" and batch * BATCH >= len(recordings(args.s2tt)):
             break                                         # all there are
-        if batch > len(known) + 20:
-            raise UserError(f"{args.teacher}: {batch} batches of {task} hold {len(known)} turns that pass "
+        if batch > kept + 20:
+            raise UserError(f"{args.teacher}: {batch} batches of {task} hold {kept} turns that pass "
                             "all filters; choose another teacher, or no groups of that task")
     bar.close()
     return rows
@@ -490,8 +491,9 @@ def failed_groups(items, max_seconds):
 
 def data_card(splits, rows, args):
     """data/card.md: what to know before training on these files."""
+    people = "" if args.s2tt == "none" else f", but what `{args.s2tt}` holds of s2tt"
     card = (f"# Data card\n\nWritten by 01_synthesize.py: preset `{args.preset}`, seed {args.seed}, teacher "
-            f"`{args.teacher}`. Nothing here was written, spoken or checked by a person.\n\n"
+            f"`{args.teacher}`. Nothing here was written, spoken or checked by a person{people}.\n\n"
             "| split | task | groups | utterances | hours | WER, clean | groups whose transcripts agree |\n"
             "|---|---|---|---|---|---|---|\n")
     for split, task in itertools.product(SPLITS, TASKS):
@@ -558,9 +560,9 @@ def main():
     common.record_config(data / "config.json", config)
 
     # ---- 1, 2, 3: instructions, answers, filters
-    rows = []
+    rows, known = [], set()
     for task in TASKS:
-        rows += write_texts(task, sum(counts[split][task] for split in SPLITS), args)
+        rows += write_texts(task, sum(counts[split][task] for split in SPLITS), known, args)
     # ---- 4: groups of voices, speech
     groups = []
     for split, chosen in assign_splits(rows, counts, args.seed).items():

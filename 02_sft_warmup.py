@@ -72,16 +72,20 @@ class Teacher:
 
 def distillation(model, teacher, items, heard):
     """KL(pi_T || pi_theta) summed over y_ref's positions of each utterance, (N,); only these positions of the
-    two prompts line up."""
+    two prompts line up. Behind the opening of sqa's answers the teacher ends with a quotation mark, the
+    student with its end token: that position is left out."""
     requests = [item["prompt"] for item in items]
+    openings = [common.SHORT_ANSWER * (item["task"] == "sqa") for item in items]
     answers = [[model.answer_ids(item["response"])] for item in items]
     with teacher.reading() as llm:
-        texts = common.text_prompts(model.tokenizer, llm, [item["text"] for item in items], requests)
+        words = [item["text"] for item in items]
+        texts = common.text_prompts(model.tokenizer, llm, words, requests, openings)
         taught, _, _ = common.answer_states(llm, texts, answers)                           # (sum L, d_T)
     states, _, lengths = common.answer_states(model.llm, model.speech_prompts(heard, requests), answers)
     teacher_head, head = (teacher.llm or model.llm).get_output_embeddings(), model.llm.get_output_embeddings()
     rows = common.by_chunks(lambda h, t: kl_rows(teacher_head(t), head(h)), states, taught)   # (sum L,)
-    return torch.stack([part.sum() for part in rows.split(lengths)])
+    parts = zip(rows.split(lengths), openings)
+    return torch.stack([part[:-1].sum() if opening else part.sum() for part, opening in parts])   # (N,)
 
 
 # --------------------------------------------------------------------------------------------------- training

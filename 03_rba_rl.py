@@ -10,13 +10,14 @@
 
 Where this departs from the paper, or chooses in its silence [ours]:
 - samples are drawn once a round; --rounds R repeats 1 and 2 with the model that came out, the next round's
-  pi_ref (as SPIN). A fresh sample an update (--rounds = --max-steps) teaches rba-single little at first:
-  E_{y ~ pi_theta} grad log pi_theta(y) = 0;
+  pi_ref (as SPIN). With a round an update (--rounds = --max-steps) pi_theta is pi_ref at every update, and
+  rba-single's negative teaches nothing: E_{y ~ pi_theta} grad log pi_theta(y) = 0 (at T = 1);
 - starts from sft.pt, the first pi_ref; --reference none is the paper's variant without (V = pi_theta);
 - log V sums over tokens, end token included, at temperature 1 whatever T the samples were drawn at;
 - no pair where two answers are equal or rewards tie; an answer that was cut is never a positive;
-- one training set: an instruction in one voice (sqa, the paper's RBA-QA) takes part in rba-group by Eq. 6;
-  the paper trains it by rba-single alone, afterwards. L_CE is averaged over utterances, L_G, L_S over pairs.
+- one training set: an instruction in one voice (sqa, the paper's RBA-QA) takes part in rba-group by Eq. 6,
+  a pair each as a group of four has; the paper trains it by rba-single alone, afterwards;
+- L_CE is averaged over utterances (four voices weigh four times one), L_G, L_S over pairs.
 
 Reads DIR/data, DIR/sft.pt. Writes samples/NAME.jsonl, NAME.pt, NAME.config.json, logs/NAME.jsonl,
 plots/NAME.png. Without --objective: rba-group, then rba-single.
@@ -73,8 +74,8 @@ def sample_and_score(model, reward, items, heard, seeds, args):
 def decide_pairs(rows, objective, control, seed):
     """Write `role` into the rows of one group: positive, negative or, with `why`, neither. With the control
     `shuffled` a coin decides which of a pair is which."""
-    coin, single = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"])), len(rows) == 1
-    if objective == "rba-single" or single:
+    coin = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"]))
+    if objective == "rba-single" or len(rows) == 1:
         single_roles(rows)
         pairs = [[row] for row in rows if row["role"]]
     else:
@@ -102,6 +103,8 @@ def group_roles(rows):
     reason = ""
     if not complete:
         reason = "no answer ended"
+    elif complete == [worst]:
+        reason = "only the worst ended"
     elif rewards[best] - rewards[worst] < 1e-6:
         reason = "rewards tie"
     elif rows[best]["answer"] == rows[worst]["answer"]:
@@ -161,7 +164,7 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
     return {row["id"]: row for row in rows if row["round"] == round_}
 
 
-def describe(samples):
+def describe_samples(samples, objective):
     """What a round's samples could teach: reward by voice and within groups, best of a group against its mean
     (the headroom), how often s+ was heard better than s- (the reward may only be choosing who was heard
     well), pairs left."""
@@ -180,7 +183,7 @@ def describe(samples):
     for rows in groups.values():
         paired = [row for row in rows if row["role"]]
         errors = {row["role"]: common.word_errors(row["text"], row["heard"])[0] for row in paired}
-        if len(errors) == 2:
+        if len(errors) == 2 and objective == "rba-group":
             gap = errors["negative"] - errors["positive"]
             better["better" if gap > 0 else "worse" if gap < 0 else "alike"] += 1
     for how, number in better.items():
@@ -194,17 +197,19 @@ def describe(samples):
 
 # -------------------------------------------------------------------------------------------------- 2: losses
 def pair_up(rows, single):
-    """The pairs of one group by its rows' roles, a list of (place of the positive, place of the negative): at
-    place 2 s stands y_ref given x^(s), at 2 s + 1 the model's own y^(s)."""
-    roles = [row["role"] for row in rows]
+    """The pairs of one group by its rows' roles, a list of (place of the positive, place of the negative)
+    among its answers y_ref given x^(1), y^(1) given x^(1), y_ref given x^(2), y^(2) given x^(2), ..."""
+    y_ref, own = range(0, 2 * len(rows), 2), range(1, 2 * len(rows), 2)
+    roles, pairs = [row["role"] for row in rows], []
     if not single and len(rows) > 1:                      # Eq. 2
-        if "positive" not in roles:
-            return []
-        return [(2 * roles.index("positive") + 1, 2 * roles.index("negative") + 1)]
-    pairs = []
+        if "positive" in roles:
+            pairs.append((own[roles.index("positive")], own[roles.index("negative")]))
+        return pairs
     for s, role in enumerate(roles):                      # Eq. 6
-        if role:
-            pairs.append((2 * s, 2 * s + 1) if role == "negative" else (2 * s + 1, 2 * s))
+        if role == "negative":
+            pairs.append((y_ref[s], own[s]))
+        if role == "positive":                            # by the coin of --control shuffled
+            pairs.append((own[s], y_ref[s]))
     return pairs
 
 
@@ -245,7 +250,7 @@ def losses(log_probs, groups, args):
                 "rewards/margins": chosen - rejected, "logps/chosen": logp[plus], "logps/rejected": negative}
 
 
-def update(model, batch, items, heard, samples, args):
+def backward(model, batch, items, heard, samples, args):
     """One update's gradients of L_G + lambda L_CE, or L_S + lambda L_CE, on a batch of groups that the
     processes share; -> metrics. Averages are over the whole batch: micro-batches and processes add up."""
     groups = [[samples[items[i]["id"]] for i in group] for group in batch]
@@ -297,9 +302,9 @@ def align(model, items, heard, reward, run, args):
             some = [groups[g] for g in sorted(visited)]
             samples = sample_and_judge(model, reward, items, heard, some, rounds[step], run, args)
         if not any(row.get("sampled") == rounds[step] for row in run.rows):
-            run.write({"sampled": rounds[step]} | describe(list(samples.values())))
+            run.write({"sampled": rounds[step]} | describe_samples(list(samples.values()), args.objective))
         batch = [groups[g] for g in batches[step]]
-        metrics = update(model, batch, items, heard, samples, args)
+        metrics = backward(model, batch, items, heard, samples, args)
         run.update(metrics | {"round": rounds[step]})
     run.finish()
     if common.rank() == 0:

@@ -229,7 +229,7 @@ def write_answers(model, path, checkpoint, items, heard, args):
     common.write_jsonl(path, rows)
 
 
-def answer_all(model, checkpoints, folder, items, heard, args):
+def answers_of_all(model, checkpoints, folder, items, heard, args):
     """Every checkpoint under every condition, shared among processes -> {condition: {checkpoint: rows}}.
 
     heard: {condition: what was heard of the usable items}; folder: DIR/answers/NAME.
@@ -436,7 +436,7 @@ QUESTION = ("Which of two answers to a spoken request is better: more helpful, m
 
 def read_verdict(said):
     """A judge's reply -> 1 where it begins or ends with A, 0 with B, 0.5 with neither."""
-    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is\b)", said)
+    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is better\b)", said)
     letter = begins or re.search(r"\b([AB])\W*$", said)
     return float(letter[1] == "A") if letter else 0.5
 
@@ -700,7 +700,7 @@ def ask(args, checkpoints):
             print(f"{checkpoint:>10} | {said}")
 
 
-def describe(args, items, systems, judge):
+def facts_of(args, items, systems, judge):
     """results.json without its numbers: all that the report says of the run."""
     counts = []
     for task in dict.fromkeys(field(items, "task")):
@@ -752,13 +752,13 @@ def main():
     for condition in conditions:
         heard[condition] = common.listen_to_split(model, args.work, source, usable(items), condition, window,
                                                   folder)
-    by_condition = answer_all(model, checkpoints, answers, items, heard, args)
+    by_condition = answers_of_all(model, checkpoints, answers, items, heard, args)
     if common.rank():
         return
     # ---- measure and report
     vectors = embed_answers(by_condition, args.encoder)
     train_voices = [] if args.data else field(common.read_items(args.work, "train"), "voice")
-    results = describe(args, items, systems, judge)
+    results = facts_of(args, items, systems, judge)
     for condition, rows in by_condition.items():
         for row in Comparison(rows, systems, judge, vectors, set(train_voices)).numbers():
             results["rows"].append(dict(condition=condition) | row)

@@ -98,7 +98,7 @@ def update_of(prompts):
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4)
 
     def call():
-        rl.update(model, batch, items, heard, samples, args)
+        rl.backward(model, batch, items, heard, samples, args)
         torch.nn.utils.clip_grad_norm_(model.trainable().values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -135,11 +135,14 @@ def test_the_card():
                               response="y", voice=f"voice-{s}", seconds=600.0, transcript=transcript,
                               wer=0.25 * s))
     rows = [dict(task="instruct", dropped=""), dict(task="sqa", dropped="gross WER")]
-    args = SimpleNamespace(preset="tiny", seed=0, teacher="t")
+    args = SimpleNamespace(preset="tiny", seed=0, teacher="t", s2tt="none")
     card = synthesize.data_card(dict(train=items, valid=[], test=[]), rows * 2, args)
     assert "| train | instruct | 3 | 6 | 1.000 | 0.125 | 67% |" in card   # two of three groups heard alike
     assert "| gross WER | 0 | 2 | 0 |" in card and "| none | 2 | 0 | 0 |" in card
-    assert card.count("x → y") == 6
+    assert card.count("x → y") == 6 and "by a person.\n" in card
+    args.s2tt = "mustc:DIR"
+    card = synthesize.data_card(dict(train=items, valid=[], test=[]), rows, args)
+    assert "but what `mustc:DIR` holds" in card
 
 
 @pytest.mark.parametrize("good", ["6", ""])
@@ -154,13 +157,15 @@ def test_text_batches_are_kept_and_a_hopeless_teacher_is_given_up(good, tmp_path
     monkeypatch.setattr(synthesize, "answer_instructions", lambda *_: None)
     if not good:
         with pytest.raises(common.UserError, match="gpt2: 21 batches of sqa hold 0 turns"):
-            synthesize.write_texts("sqa", 5, args)
+            synthesize.write_texts("sqa", 5, set(), args)
         return
     for wanted in (5, 5, 7):                              # two good rows and a duplicate in each batch
-        rows = synthesize.write_texts("sqa", wanted, args)
+        rows = synthesize.write_texts("sqa", wanted, known := set(), args)
         assert [row["dropped"] for row in rows[:4]] == ["", "", "length", "duplicate"]
         assert len(rows) == 4 * ((wanted + 1) // 2)
-    assert written == [0, 1, 2, 3]                        # what was kept is not written again
+    rows = synthesize.write_texts("instruct", 2, known, args)   # known words of another task
+    assert [row["dropped"] for row in rows[:2]] == ["duplicate"] * 2
+    assert written[:4] == [0, 1, 2, 3]                        # what was kept is not written again
 
 
 def test_each_process_writes_one_text_batch_in_turn(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import sacrebleu
 import torch
 import torch.nn.functional as F
 from conftest import stage
+from transformers import AutoModelForCausalLM
 
 import common
 
@@ -35,7 +36,7 @@ def test_at_the_reference_the_loss_is_log_2_and_its_slope_half_beta():
     lp = torch.tensor([-3.0, -4.0], dtype=torch.float64)
     positive, negative = lp[:1].clone().requires_grad_(), lp[1:].clone().requires_grad_()
     loss, _, _ = rba.preference_loss(positive, negative, lp[:1], lp[1:], beta=0.1)
-    assert float(loss) == pytest.approx(math.log(2))
+    assert float(loss.detach()) == pytest.approx(math.log(2))
     loss.sum().backward()
     assert float(positive.grad) == pytest.approx(-0.05) and float(negative.grad) == pytest.approx(0.05)
 
@@ -67,6 +68,7 @@ def rows_of(answers, rewards, ended=None, response="the reference"):
     ("aabc", [.1, .1, .1, .9], None, ["negative", "", "", "positive"], "between"),
     ("abcd", [.1, .9, .3, .2], [True, False, True, True], ["negative", "", "positive", ""], "between"),
     ("abcd", [.1, .9, .3, .2], [False] * 4, [""] * 4, "no answer ended"),
+    ("abcd", [.4, .1, .9, .5], [False, True, False, False], [""] * 4, "only the worst ended"),
     ("abcd", [.1, .9, .3, .2], [False, True, True, True], ["negative", "positive", "", ""], "between"),
     ("abac", [.1, .2, .9, .5], None, [""] * 4, "answers are equal")])
 def test_group_pairs_are_best_against_worst(answers, rewards, ended, roles, why):
@@ -149,6 +151,25 @@ def test_kd_matches_torchs_own_kl_where_padded_vocabularies_differ():
     torch.testing.assert_close(sft.kl_rows(teacher, student), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_kd_asks_the_teacher_behind_the_opening_of_short_answers(groups, model):
+    """Where student and teacher are one LLM and the words were heard right, nothing but the opening differs:
+    of an instruct item nothing is left, of an sqa item KL(pi_T behind the opening || pi without) of its one
+    word, here by transformers' own float32 model."""
+    item = common.read_items(groups, "train")[0]
+    items = [dict(item, task=task, response="Paris") for task in ("instruct", "sqa")]
+    heard, teacher = [model.read(item["text"]) for item in items], sft.Teacher(model, "smollm2-135m")
+    llm = AutoModelForCausalLM.from_pretrained(common.resolve("smollm2-135m"), dtype=torch.float32)
+    before, after, _ = common.chat_parts(model.tokenizer, items[0]["prompt"])
+    opening, paris = model.tokenizer([common.SHORT_ANSWER, "Paris"]).input_ids
+    assert len(paris) == 1
+    with torch.no_grad():
+        same, short = sft.distillation(model, teacher, items, heard).tolist()
+        p, q = (llm(torch.tensor([before + heard[0]["ids"] + after + begun])).logits[0, -1].log_softmax(-1)
+                for begun in (opening, []))
+    wanted = F.kl_div(q, p, reduction="sum", log_target=True)
+    assert abs(same) < 1e-3 and short == pytest.approx(float(wanted), rel=0.1) and short > 1
+
+
 def test_chunks_give_the_same_values_and_gradients():
     x, y, weight = torch.randn(11, 3, requires_grad=True), torch.randn(11, 3), torch.randn(11)
     whole, = torch.autograd.grad(((x ** 3 * y).sum(-1) * weight).sum(), x)
@@ -220,17 +241,18 @@ def test_the_samples_are_described_by_hand():
                                 ids=[1, 2], text="one two three", heard="one two three"))
     samples[0] |= dict(role="positive", heard="one two three")
     samples[1] |= dict(role="negative", heard="one too three")
-    found = rba.describe(samples)
+    found = rba.describe_samples(samples, "rba-group")
     r = [row["reward"] for row in samples]
     assert found["samples/reward"] == pytest.approx(sum(r) / 4)
     assert found["samples/reward/a"] == pytest.approx((r[0] + r[2]) / 2)
     assert found["samples/headroom"] == pytest.approx((abs(r[0] - r[1]) + abs(r[2] - r[3])) / 4)
     assert found["samples/variance_within"] == pytest.approx(((r[0] - r[1]) ** 2 + (r[2] - r[3]) ** 2) / 4)
     assert found["samples/positive_heard_better"] == 1 and found["samples/in_a_pair"] == 0.5
+    assert "samples/positive_heard_better" not in rba.describe_samples(samples, "rba-single")
 
 
 def test_an_update_backpropagates_eq_5(groups, monkeypatch):
-    """Gradients and log of `update` against the formula on each utterance alone: L_G over two pairs, L_CE
+    """Gradients and log of `backward` against the formula on each utterance alone: L_G over two pairs, L_CE
     over the nine utterances of a batch in which one group has no pair and another stands twice;
     micro-batches change nothing. float32, as only order differs there."""
     monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
@@ -255,7 +277,7 @@ def test_an_update_backpropagates_eq_5(groups, monkeypatch):
     gradients = {name: p.grad.clone() for name, p in model.trainable().items()}
     for args.micro_tokens in (4000, 100):
         model.zero_grad()
-        metrics = rba.update(model, batch, items, heard, samples, args)
+        metrics = rba.backward(model, batch, items, heard, samples, args)
         assert metrics["loss"] == pytest.approx(float(wanted.detach()), rel=1e-4) and metrics["pairs"] == 2
         for name, p in model.trainable().items():
             assert (p.grad - gradients[name]).norm() <= 1e-3 * gradients[name].norm() + 1e-6, name
