@@ -98,7 +98,7 @@ def check_answer(task, text, answer, ended):
 
 def content_words(text):
     """What two wordings of one instruction have in common: they count as one instruction. [ours]"""
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    words = re.findall(r"\w+", text.lower())
     return frozenset(words) - COMMON_WORDS or frozenset(words)
 
 
@@ -192,6 +192,7 @@ def recordings(spec):
     try:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         items = list(common.TRANSLATIONS[kind](Path(path)))
+        items[0]                                          # IndexError: a table without rows
         return [item | dict(audio=str((folder / item["audio"]).resolve())) for item in items]
     except Exception as error:                            # csv and yaml have errors of their own
         raise UserError(f"--s2tt {spec}: not as published ({type(error).__name__}: {str(error)[:100]}); give "
@@ -204,13 +205,13 @@ def recorded_instructions(batch, args):
     order = random.Random(derive_seed(args.seed, "recordings")).sample(range(len(items)), len(items))
     for number in order[batch * BATCH:(batch + 1) * BATCH]:
         item, dropped = items[number], ""
+        recording = dict(path=item["audio"], offset=item.get("offset", 0.0), duration=item.get("duration"))
         try:
-            seconds = item.get("duration") or soundfile.info(item["audio"]).duration
+            seconds = len(common.read_audio(**recording)) / RATE
             if seconds > args.max_seconds or not common.has_words(item["text"]):
                 dropped = "too long to hear"
-        except soundfile.LibsndfileError:
+        except UserError:                                 # gone, silent, over 30 s
             dropped = "no recording"
-        recording = dict(path=item["audio"], offset=item.get("offset", 0.0), duration=item.get("duration"))
         rows.append(dict(id=f"s2tt-{number:06d}", task="s2tt", text=item["text"], response="",
                          recording=recording, dropped=dropped))
     return rows
@@ -280,8 +281,10 @@ def write_texts(task, wanted, known, args):
                 bar.update()
             rows.append(row)
         batch += 1
-        if task == "s2tt" and args.s2tt != "none" and batch * BATCH >= len(recordings(args.s2tt)):
-            break                                         # all there are
+        recorded = task == "s2tt" and args.s2tt != "none"
+        if kept < wanted and recorded and batch * BATCH >= len(recordings(args.s2tt)):
+            raise UserError(f"--s2tt {args.s2tt}: {kept} different sentences can be used, {wanted} are asked "
+                            "for; ask for fewer")
         if batch > kept + 20:
             raise UserError(f"{args.teacher}: {batch} batches of {task} hold {kept} turns that pass "
                             "all filters; choose another teacher, or no groups of that task")

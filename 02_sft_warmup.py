@@ -110,10 +110,10 @@ def train(model, items, heard, run, args, loss_of, order):
         tokens = sum(answer_tokens[i] for i in batch)
         total = sum(common.gather([total]))
         run.update({"loss": total, "loss_per_token": total * len(batch) / tokens, "utterances": len(batch)})
-    run.finish()
     if common.rank() == 0:
         panels = [["loss_per_token"], ["held_out/logps_y_ref"], ["held_out/kl"], ["held_out/tokens"]]
         common.plot_log(run.rows, panels, args.work / "plots" / f"{run.name}.png")
+    run.finish()
 
 
 def main():

@@ -30,6 +30,7 @@ Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.
     python 04_evaluate.py --draw results.json          tables and figure of a results.json again
 """
 import functools
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -117,7 +118,10 @@ def question_table(path):
 def own_items(path):
     """JSONL of id, audio, task, instruction, reference (one or a list), language; or a split of 01's."""
     for row in common.read_jsonl(path):
-        yield row | dict(text=row.get("text") or row["instruction"])
+        text = row.get("text") or row.get("instruction")
+        if not isinstance(text, str) or not isinstance(row.get("audio"), str):
+            raise UserError(f"{path}: item {row.get('id')} needs audio (a path) and instruction (its words)")
+        yield row | dict(text=text)
 
 
 READERS = {"llama_questions": question_table, "openaudiobench": question_table} | common.TRANSLATIONS
@@ -132,8 +136,8 @@ def complete(item, number, language):
     item.setdefault("prompt", common.REQUESTS[item["task"]].format(language=item["language"]))
     references = item.get("reference", [])
     references = references if isinstance(references, list) else [references]
-    texts = [str(text).strip() for text in references]
-    item["reference"] = [text for text in texts if common.has_words(text)] or texts[:1]
+    texts = [str(text).strip() for text in references if text is not None]
+    item["reference"] = [text for text in texts if common.has_words(text)]
 
 
 def read_set(spec, language):
@@ -156,7 +160,7 @@ def read_set(spec, language):
     for item in tqdm(items, desc="read", unit="item", leave=False):
         try:
             common.item_wave(folder, item)
-            if item["task"] != "instruct" and not any(map(common.has_words, item["reference"])):
+            if item["task"] != "instruct" and not item["reference"]:
                 raise UserError(f"item {item['id']}: its reference has no words")
         except UserError as error:
             item["unusable"] = str(error)
@@ -389,10 +393,10 @@ def measure_sqa(rows, groups, _):
 
 
 def measure_s2tt(rows, groups, _):
-    scores, references = {}, [row["reference"][0] for row in rows]
+    scores, references = {}, list(itertools.zip_longest(*[row["reference"] or [""] for row in rows]))
     bleu = sacrebleu.BLEU(tokenize=common.bleu_tokenizer(rows[0]["language"]))             # on raw text
     for name, metric in (("BLEU", bleu), ("chrF", sacrebleu.CHRF())):
-        statistics = metric._extract_corpus_statistics(field(rows, "answer"), [references])   # (N, C)
+        statistics = metric._extract_corpus_statistics(field(rows, "answer"), references)     # (N, C)
         sums = resampled_sums(statistics, groups).tolist()                                  # (1 + R, C)
         scores[name] = Measured(np.array([metric._compute_score_from_stats(row).score for row in sums]))
     return scores
@@ -435,10 +439,10 @@ QUESTION = ("Which of two answers to a spoken request is better: more helpful, m
 
 
 def read_verdict(said):
-    """A judge's reply -> 1 where it begins or ends with A, 0 with B, 0.5 with neither."""
-    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is better\b)", said)
-    letter = begins or re.search(r"\b([AB])\W*$", said)
-    return float(letter[1] == "A") if letter else 0.5
+    """A judge's reply -> 1 where it begins with A, or names A alone, 0 with B, 0.5 with neither."""
+    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n)", said)
+    letters = {begins[1]} if begins else set(re.findall(r"\b[AB]\b", said))
+    return float("A" in letters) if len(letters) == 1 else 0.5
 
 
 class ServedJudge(common.Served):
@@ -718,7 +722,10 @@ def facts_of(args, items, systems, judge):
 def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
-        return report(json.loads(Path(args.draw).read_text()), Path(args.draw))
+        try:
+            return report(json.loads(Path(args.draw).read_text()), Path(args.draw))
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"--draw {args.draw}: no results.json of this script") from None
     if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: what is shipped
         args.work = Path(__file__).resolve().with_name("assets")
     checkpoints = choose_checkpoints(args)

@@ -302,7 +302,7 @@ def record_config(path, config):
     for key in config | old:
         if old.get(key) != config.get(key):
             raise UserError(f"{path}: made with {key} {old.get(key)}, not {config.get(key)}; use another "
-                            "--work or --out, or delete what stands there")
+                            "--work or --out")
 
 
 def environment():
@@ -728,10 +728,9 @@ def read_audio(path, max_seconds=30.0, offset=0.0, duration=None):
         raise UserError(f"{path}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
     if len(samples) > max_seconds * rate:
         raise UserError(f"{path}: longer than {max_seconds:g} s, which is all that can be read; cut it")
-    wave = torchaudio.functional.resample(torch.from_numpy(samples).mean(1), rate, RATE)
-    if len(wave) < RATE // 10 or not wave.std() > 1e-4:   # NaN fails too
+    if len(samples) < rate // 10 or not samples.std() > 1e-4:              # NaN fails too
         raise UserError(f"{path}: silent, broken or shorter than 0.1 s; record it again")
-    return wave
+    return torchaudio.functional.resample(torch.from_numpy(samples).mean(1), rate, RATE)
 
 
 def add_noise(wave, noise, snr):
@@ -768,9 +767,10 @@ def parse_condition(condition):
     """"noise:5" -> ("noise", 5.0), "clean" -> ("clean", 0.0); UserError for another kind or no number."""
     kind, _, amount = condition.partition(":")
     if condition == "clean" or kind in CONDITIONS and re.fullmatch(r"-?\d+(\.\d+)?", amount):
-        return kind, float(amount or 0)
+        if kind != "reverb" or float(amount) > 0:
+            return kind, float(amount or 0)
     known = ", ".join(f"{name}:{unit}" for name, (_, unit) in CONDITIONS.items())
-    raise UserError(f"condition {condition}: not clean, {known}")
+    raise UserError(f"condition {condition}: not clean, {known} (more than 0)")
 
 
 def perturb(wave, condition, seed, others=()):
@@ -1433,6 +1433,8 @@ class Reward:
 
     def __init__(self, args, device):
         if args.reward == "rm":
+            if args.reward_model == "none":
+                raise UserError("--reward rm: needs --reward-model, a directory or hub id")
             self.judge = RewardModel(args.reward_model, device)
         elif args.reward == "semantic":
             self.embedder, self.judge = Embedder(args.embedder, device), self.cosine

@@ -229,6 +229,26 @@ def test_s2tt_on_recordings(name, language, tmp_path, waves, monkeypatch):
         synthesize.recordings("covost2:x")
 
 
+def test_recordings_that_cannot_be_used(tmp_path, waves):
+    """A table without rows; of four recordings in Chinese, one silent and one empty, two are left."""
+    path, table = tmp_path / "covost_v2.zh_en.train.tsv", "path\tsentence\ttranslation\tclient_id\n"
+    path.write_text(table)
+    with pytest.raises(common.UserError, match="not as published"):
+        synthesize.recordings(f"covost2:{path}")
+    (tmp_path / "clips").mkdir()
+    path = path.with_name("covost_v2.zh-CN_en.train.tsv")
+    for n, (text, wave) in enumerate((("我去商店", waves[2]), ("你好吗", 0 * waves[2]), ("再见", waves[2][:0]),
+                                      ("早上好", waves[2]))):
+        soundfile.write(tmp_path / "clips" / f"{n}.wav", wave.numpy(), common.RATE)
+        table += f"{n}.wav\t{text}\tx\ta\n"
+    path.write_text(table)
+    args = SimpleNamespace(s2tt=f"covost2:{path}", seed=0, max_seconds=9.0)
+    rows = synthesize.recorded_instructions(0, args)
+    kept = [row["text"] for row in rows if not row["dropped"]]
+    assert sorted(kept) == ["我去商店", "早上好"] and len(set(map(synthesize.content_words, kept))) == 2
+    assert [row["dropped"] for row in rows].count("no recording") == 2
+
+
 # ----------------------------------------------------------------------------------------------------- voices
 def multi_speaker(tmp_path, monkeypatch):
     """A Piper file of 904 speakers: the embedded voice, whose network's speaker ids are written down."""

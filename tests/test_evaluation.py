@@ -102,11 +102,14 @@ def ours(folder, waves):
             dict(id="b", audio="a.wav", task="instruct", text=FRANCE, reference=["Paris.", "It is Paris."]),
             dict(id="c", audio="a.wav", task="s2tt", text=FRANCE, reference="法国的首都是哪里？", language="zh"),
             dict(id="d", audio="a.wav", task="instruct", instruction=FRANCE),
-            dict(audio="a.wav", instruction=FRANCE, reference=1969)]
+            dict(audio="a.wav", instruction=FRANCE, reference=1969),
+            dict(id="e", audio="a.wav", task="instruct", instruction=FRANCE, reference=None),
+            dict(id="f", audio="a.wav", task="instruct", instruction=FRANCE, reference="")]
     rows += [dict(id=id_, audio=f"{id_}.wav", instruction="Hello?") for id_ in ("broken", "gone")]
     common.write_jsonl(folder / "mine.jsonl", rows)
     expected = [("sqa", FRANCE, ["Paris"]), ("instruct", FRANCE, ["Paris.", "It is Paris."]),
                 ("s2tt", FRANCE, ["法国的首都是哪里？"]), ("instruct", FRANCE, []), ("sqa", FRANCE, ["1969"])]
+    expected += [("instruct", FRANCE, [])] * 2
     return str(folder / "mine.jsonl"), expected, ["broken", "gone"]
 
 
@@ -314,7 +317,7 @@ def test_of_two_answers_the_higher_reward_wins(monkeypatch):
 
 
 @pytest.mark.parametrize("reply, expected", [
-    ("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A is worse than B", 0),
+    ("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A is worse than B", 0.5), ("A or B", 0.5),
     ("A. More helpful than B", 1),
     ("B\n\nBecause answer A", 0), ("I would choose B", 0), ("Both are fine", 0.5), ("", 0.5), ("None", 0.5)])
 def test_a_judges_verdict_is_read(reply, expected):
@@ -351,6 +354,10 @@ def test_corpus_scores_are_sacrebleus_own():
             again = [references[i] for i in chosen]
             expected = function([answers[i] for i in chosen], [again]).score
             assert score == pytest.approx(expected, abs=1e-9)
+    rows[0]["reference"].append(answers[0])               # a second reference of one alone
+    several = evaluate.measure_s2tt(rows, list("aabbcd"), None)["BLEU"].score[0]
+    both = [references, [answers[0], *[None] * 5]]
+    assert several == pytest.approx(sacrebleu.corpus_bleu(answers, both).score) and several > scores["BLEU"].score[0]
     chinese = [dict(answer="我去商店", reference=["我去商店"], language="Chinese")]
     assert evaluate.measure_s2tt(chinese, ["a"], None)["BLEU"].score[0] == pytest.approx(100)
 

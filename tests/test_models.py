@@ -67,7 +67,7 @@ def test_conditions_do_what_they_say(waves):
         a, b = (common.perturb(wave, condition, 7, waves) for _ in range(2))
         assert torch.equal(a, b) and a.abs().max() <= 1 and len(a) == len(wave), condition
         assert not torch.equal(a, common.perturb(wave, condition, 8, waves)), condition
-    for condition in ("speed:2", "noise", "noise:loud"):
+    for condition in ("speed:2", "noise", "noise:loud", "reverb:0"):
         with pytest.raises(common.UserError, match="not clean, noise:DB"):
             common.parse_condition(condition)
 

@@ -179,6 +179,8 @@ BAD = {
     "nothing to evaluate": ("04_evaluate.py", ["--systems", "kd"], None, "kd"),
     "a condition": ("04_evaluate.py", ["--conditions", "clean,rain:3"], write("sft.pt", b"zip"),
                     "condition rain:3"),
+    "no reward model": ("03_rba_rl.py", ["--reward", "rm"], write("sft.pt", b"zip"), "needs --reward-model"),
+    "no results": ("04_evaluate.py", ["--draw", "README.md"], None, "README.md: no results.json"),
     "a recording": ("04_evaluate.py", ["--ask", "gone.wav", "--systems", "base"], None, "gone.wav"),
     "a voice": ("01_synthesize.py", ["--train", "poems=3"], None, "poems=3 is not TASK=NUMBER")}
 
@@ -206,6 +208,6 @@ def test_another_configuration_is_refused(tmp_path):
     for _ in range(2):                                    # the same again goes on
         common.record_config(path, {"steps": 1, "init": None})
     before = path.read_bytes()
-    with pytest.raises(common.UserError, match="made with steps 1, not 2; use another --work or --out"):
+    with pytest.raises(common.UserError, match="made with steps 1, not 2; use another --work or --out$"):
         common.record_config(path, {"steps": 2, "init": None})
     assert path.read_bytes() == before
