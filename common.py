@@ -74,6 +74,7 @@ PROMPT_TOKENS = 40                                      # of a prompt without th
 # ---------------------------------------------------------------------------------------------------- presets
 # A preset sets every number of a run; flags override some of them. Counts are groups (instructions)
 # a task; batch sizes are groups an update. `rl_steps` x `rl_batch` is also the budget of `sft+` and `kd`.
+# The held-out curve of a run has `curve_points` after its first, on `held_out` groups.
 _EMBEDDED = dict(
     teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
     reward="semantic", reward_model="none", language="French",
@@ -84,13 +85,13 @@ _EMBEDDED = dict(
     instruction_tokens=32, top_p=0.9, max_new=48, max_seconds=9.0,
     # 02 and 03
     lora_r=16, checkpointing=False, micro_tokens=2048, lr=1e-4, rl_lr=1e-4, beta=0.1, lambda_ce=0.2,
-    ce_reduction="sum", temperature=0.7, rounds=1,
+    ce_reduction="sum", temperature=0.7, rounds=1, curve_points=10,
     # 04
     conditions="clean,babble:8", encoder="wordllama")
 PRESETS = {
     "tiny": _EMBEDDED | dict(
         train="instruct=10,sqa=16,s2tt=2", valid="instruct=5,sqa=5", test="instruct=6,sqa=10,s2tt=2",
-        sft_steps=8, sft_batch=6, rl_steps=6, rl_batch=6, held_out=10),
+        sft_steps=8, sft_batch=6, rl_steps=6, rl_batch=6, held_out=10, curve_points=3),
     "small": _EMBEDDED | dict(
         student="gemma3-270m",
         train="instruct=500,sqa=1000", valid="instruct=64,sqa=128", test="instruct=300,sqa=300",
@@ -1561,6 +1562,7 @@ class Run:
         self.model, self.name, self.steps, self.lr, self.held_out = model, name, steps, lr, held_out
         self.path, self.log = args.work / f"{name}.pt", args.work / "logs" / f"{name}.jsonl"
         self.resume, self.step, self.rows = args.work / f"{name}.resume.pt", 0, []
+        self.points = args.curve_points
         facts |= dict(init=fingerprint(init), steps=steps, lr=lr, seed=args.seed,
                       data=fingerprint(args.work / "data" / "train.jsonl"))
         parent = model.load(init)
@@ -1600,7 +1602,7 @@ class Run:
             bar.set_postfix({name: f"{value:.3f}" for name, value in self.shown.items()})
 
     def update(self, metrics):
-        """Sum gradients over processes, clip, update; log `metrics`, every tenth with the held-out curve."""
+        """Sum gradients over processes, clip, update; log `metrics`, and with some the held-out curve."""
         parameters = self.model.trainable().values()
         for parameter in parameters:
             if parameter.grad is None:
@@ -1618,7 +1620,7 @@ class Run:
         row = metrics | dict(lr=learning_rate(self.step - 1, self.steps, self.lr), grad_norm=norm,
                              clipped=norm > MAX_GRAD_NORM, seconds=round(time.time() - self.started, 2))
         self.shown = {name: row[name] for name in ("loss", "rewards/accuracies") if row.get(name) is not None}
-        if self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps:
+        if self.step * self.points // self.steps > (self.step - 1) * self.points // self.steps:
             row |= self.held_out.measure(self.reference)
         self.write(row)
         if self.step % SAVE_EVERY == 0:
