@@ -440,7 +440,7 @@ QUESTION = ("Which of two answers to a spoken request is better: more helpful, m
 
 def read_verdict(said):
     """A judge's reply -> 1 where it begins with A, or names A alone, 0 with B, 0.5 with neither."""
-    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n)", said)
+    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is better\b)", said)
     letters = {begins[1]} if begins else set(re.findall(r"\b[AB]\b", said))
     return float("A" in letters) if len(letters) == 1 else 0.5
 
