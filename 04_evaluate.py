@@ -29,6 +29,7 @@ Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.
     python 04_evaluate.py --ask question.wav           every system's answer to one recording
     python 04_evaluate.py --draw results.json          tables and figure of a results.json again
 """
+import contextlib
 import functools
 import itertools
 import json
@@ -439,10 +440,10 @@ QUESTION = ("Which of two answers to a spoken request is better: more helpful, m
 
 
 def read_verdict(said):
-    """A judge's reply -> 1 where it begins with A, or names A alone, 0 with B, 0.5 with neither."""
-    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is better\b)", said)
-    letters = {begins[1]} if begins else set(re.findall(r"\b[AB]\b", said))
-    return float("A" in letters) if len(letters) == 1 else 0.5
+    """A judge's reply -> 1 where it begins or ends with A, 0 with B, 0.5 with neither."""
+    begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is\b(?! worse))", said)
+    letter = begins or re.search(r"\b([AB])\W*$", said)
+    return float(letter[1] == "A") if letter else 0.5
 
 
 class ServedJudge(common.Served):
@@ -672,6 +673,16 @@ def plot(results, path):
     pyplot.close(figure)
 
 
+def read_results(path):
+    """A results.json; UserError for another file."""
+    results = None
+    with contextlib.suppress(ValueError):                 # no JSON, or no UTF-8
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(results, dict) or "rows" not in results:
+        raise UserError(f"--draw {path}: no results.json of this script")
+    return results
+
+
 def report(results, path):
     """results.json's content -> `path`.md and .png; prints the tables."""
     judge = results["judge"] or f"none: the closer answer to y_ref ({results['encoder']}) wins"
@@ -722,10 +733,7 @@ def facts_of(args, items, systems, judge):
 def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
-        try:
-            return report(json.loads(Path(args.draw).read_text()), Path(args.draw))
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"--draw {args.draw}: no results.json of this script") from None
+        return report(read_results(args.draw), Path(args.draw))
     if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: what is shipped
         args.work = Path(__file__).resolve().with_name("assets")
     checkpoints = choose_checkpoints(args)

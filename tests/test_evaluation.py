@@ -277,7 +277,7 @@ def served():
             text = question["messages"][0]["content"]
             asked.append((question["model"], text))
             a, b = text.partition("Answer A: ")[2].split("\n\nAnswer B: ")
-            said = "I prefer B." if len(b) > len(a) else "A is better than B"
+            said = "A worse one than B." if len(b) > len(a) else "A is better than B"
             self.reply({"choices": [{"message": {"content": said}}]})
 
         def log_message(self, *_):
@@ -317,8 +317,8 @@ def test_of_two_answers_the_higher_reward_wins(monkeypatch):
 
 
 @pytest.mark.parametrize("reply, expected", [
-    ("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A is worse than B", 0.5), ("A is better than B", 1), ("A or B", 0.5),
-    ("A. More helpful than B", 1),
+    ("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A. More helpful than B", 1),
+    ("A is worse than B", 0), ("A is more helpful", 1),
     ("B\n\nBecause answer A", 0), ("I would choose B", 0), ("Both are fine", 0.5), ("", 0.5), ("None", 0.5)])
 def test_a_judges_verdict_is_read(reply, expected):
     assert evaluate.read_verdict(reply) == expected
