@@ -192,7 +192,8 @@ def recordings(spec):
     try:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         items = list(common.TRANSLATIONS[kind](Path(path)))
-        items[0]                                          # IndexError: a table without rows
+        if not items:
+            raise ValueError("no rows")
         return [item | dict(audio=str((folder / item["audio"]).resolve())) for item in items]
     except Exception as error:                            # csv and yaml have errors of their own
         raise UserError(f"--s2tt {spec}: not as published ({type(error).__name__}: {str(error)[:100]}); give "
@@ -228,15 +229,10 @@ def short_answer(reply):
 def answer_instructions(teacher, task, rows, args):
     """Fill in y_ref, in place, where x passed its filters."""
     typed = common.REQUESTS[task].format(language=args.language)                           # p
-    before, after, end_id = common.chat_parts(teacher.tokenizer, typed)
-    max_new = args.max_new
-    if task == "sqa":
-        after = after + teacher.tokenizer(SHORT_ANSWER, add_special_tokens=False).input_ids
-        max_new = SHORT_TOKENS
+    end_id = common.chat_parts(teacher.tokenizer)[2]
+    opening, max_new = (SHORT_ANSWER, SHORT_TOKENS) if task == "sqa" else ("", args.max_new)
     asked = [row for row in rows if not row["dropped"]]
-    prompts = []
-    for row in asked:
-        prompts.append(before + teacher.tokenizer(row["text"], add_special_tokens=False).input_ids + after)
+    prompts = [common.text_ids(teacher.tokenizer, row["text"], typed, opening) for row in asked]
     for row, (reply, ended) in zip(asked, teacher.answer(prompts, end_id, max_new)):
         answer = reply.strip()
         if task == "sqa":

@@ -78,8 +78,10 @@ def distillation(model, teacher, items, heard):
     openings = [common.SHORT_ANSWER * (item["task"] == "sqa") for item in items]
     answers = [[model.answer_ids(item["response"])] for item in items]
     with teacher.reading() as llm:
-        words = [item["text"] for item in items]
-        texts = common.text_prompts(model.tokenizer, llm, words, requests, openings)
+        texts = []
+        for item, opening in zip(items, openings):
+            ids = common.text_ids(model.tokenizer, item["text"], item["prompt"], opening)
+            texts.append(common.embed(llm, ids))
         taught, _, _ = common.answer_states(llm, texts, answers)                           # (sum L, d_T)
     states, _, lengths = common.answer_states(model.llm, model.speech_prompts(heard, requests), answers)
     teacher_head, head = (teacher.llm or model.llm).get_output_embeddings(), model.llm.get_output_embeddings()
@@ -110,10 +112,7 @@ def train(model, items, heard, run, args, loss_of, order):
         tokens = sum(answer_tokens[i] for i in batch)
         total = sum(common.gather([total]))
         run.update({"loss": total, "loss_per_token": total * len(batch) / tokens, "utterances": len(batch)})
-    if common.rank() == 0:
-        panels = [["loss_per_token"], ["held_out/logps_y_ref"], ["held_out/kl"], ["held_out/tokens"]]
-        common.plot_log(run.rows, panels, args.work / "plots" / f"{run.name}.png")
-    run.finish()
+    run.finish([["loss_per_token"], ["held_out/logps_y_ref"], ["held_out/kl"], ["held_out/tokens"]])
 
 
 def main():

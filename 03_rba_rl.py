@@ -306,11 +306,8 @@ def align(model, items, heard, reward, run, args):
         batch = [groups[g] for g in batches[step]]
         metrics = backward(model, batch, items, heard, samples, args)
         run.update(metrics | {"round": rounds[step]})
-    if common.rank() == 0:
-        panels = [["rewards/margins", "rewards/accuracies"], ["logps/chosen", "logps/rejected"],
-                  ["held_out/logps_y_ref"], ["held_out/kl"], ["held_out/tokens"]]
-        common.plot_log(run.rows, panels, args.work / "plots" / f"{run.name}.png")
-    run.finish()
+    run.finish([["rewards/margins", "rewards/accuracies"], ["logps/chosen", "logps/rejected"],
+                ["held_out/logps_y_ref"], ["held_out/kl"], ["held_out/tokens"]])
 
 
 def main():

@@ -1020,14 +1020,16 @@ def chat_parts(tokenizer, prompt="", system=SYSTEM):
     return before, after, end[0]
 
 
-def text_prompts(tokenizer, llm, texts, prompts, openings=None):
-    """Words x, typed requests p and (or none) how the answer begins -> list of (T_i, d) input embeddings."""
-    out = []
-    for text, prompt, opening in zip(texts, prompts, openings or [""] * len(texts)):
-        before, after, _ = chat_parts(tokenizer, prompt)
-        words, begun = tokenizer([text, opening], add_special_tokens=False).input_ids
-        out.append(embed(llm, before + words + after + begun))
-    return out
+def text_ids(tokenizer, text, prompt, opening=""):
+    """Words x, a typed request p and, if given, how the answer begins -> token ids of the prompt."""
+    before, after, _ = chat_parts(tokenizer, prompt)
+    words, begun = tokenizer([text, opening], add_special_tokens=False).input_ids
+    return before + words + after + begun
+
+
+def text_prompts(tokenizer, llm, texts, prompts):
+    """Words x and typed requests p -> list of (T_i, d) input embeddings."""
+    return [embed(llm, text_ids(tokenizer, *of_item)) for of_item in zip(texts, prompts)]
 
 
 def load_speechlm(config, device="cpu"):
@@ -1632,9 +1634,10 @@ class Run:
             write_torch(self.resume, {"step": self.step, "optimizer": self.optimizer.state_dict(),
                                       "state": self.model.state()})
 
-    def finish(self):
-        """Write DIR/NAME.pt; nothing is left to resume."""
+    def finish(self, panels):
+        """Write plots/NAME.png (`plot_log`), then DIR/NAME.pt; nothing is left to resume."""
         if rank() == 0:
+            plot_log(self.rows, panels, self.path.parent / "plots" / f"{self.name}.png")
             write_torch(self.path, {"format": CHECKPOINT, "config": self.model.config,
                                     "history": self.history, "state": self.model.state()})
             self.resume.unlink(missing_ok=True)
