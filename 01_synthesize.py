@@ -8,7 +8,7 @@ The paper's self-synthesis of data (arXiv 2509.03526): no human words, recording
    translator turn, and is written and spoken like the rest.
 2. [paper] It answers x and the typed request p: y_ref; for `sqa` (RBA-QA) in one to five words. [ours]
    Greedily, under the one system turn that stands before every x to be answered, by teacher or student; for
-   `sqa` behind an opening.
+   `sqa` it says it in a sentence first, which then opens the answer and has to hold it.
 3. [paper] What nobody would say aloud is dropped. [ours] Which filters do that; rewordings too.
 4. [paper] S = 4 different voices speak every instruction, one voice an `sqa`. [ours] They are Piper's and
    Kokoro's (paper: 2,456 LibriTTS voices cloned by CosyVoice); speed, pitch, filler; half of the voices of
@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common                                             # first: it says in one line what is missing
-from common import RATE, SHORT_ANSWER, SPLITS, TASKS, UserError, derive_seed
+from common import RATE, SPLITS, TASKS, UserError, derive_seed
 
 import numpy as np
 import soundfile
@@ -55,7 +55,11 @@ OPENERS = ("What is the", "Who", "Which", "Where is", "What is the name of", "Wh
            "Who was the")
 QUIZ = ("You are a quiz expert. The user asks a short trivia question about geography, science, history, "
         "nature or everyday things, and you answer it with one word or one name.")
-SHORT_TOKENS = 16                                         # a teacher may write behind SHORT_ANSWER
+# Asked for one to five words, a teacher of 135M parameters keeps to them in 5 % of its answers. Behind this
+# alone it does, but 13 % of its answers to 150 public questions are right; behind its own sentence and this
+# 28 %, and of those that the sentence holds 37 %.
+SHORT_ANSWER = ' The answer is "'
+SHORT_TOKENS = 16                                         # a teacher may write behind it
 COMMON_WORDS = set(
     "a an and are can could do does for from give has have how i in is it me my of on one some tell that the "
     "there they this to was we what when where which who will with would you your".split())
@@ -83,8 +87,10 @@ def check_instruction(task, text, ended):
     return ""
 
 
-def check_answer(task, text, answer, ended):
-    """The filter that drops y_ref, or "". An sqa answer: one to five words, not all from the question."""
+def check_answer(row, ended):
+    """The filter that drops y_ref, or "". An sqa answer: one to five words, not all from the question, and
+    as the sentence has them that opened it."""
+    task, text, answer = row["task"], row["text"], row["response"]
     if not ended or not common.has_words(answer):
         return "answer ended"
     speakable = "\n" not in answer if task == "s2tt" else is_speakable(answer)       # s2tt: in any script
@@ -93,6 +99,8 @@ def check_answer(task, text, answer, ended):
     repeats = set(common.normalise(answer).split()) <= set(common.normalise(text).split())
     if task == "sqa" and (repeats or len(answer.split()) > 5):
         return "answer words"
+    if task == "sqa" and not common.is_contained(answer, row["opening"].removesuffix(SHORT_ANSWER)):
+        return "answer otherwise"
     return ""
 
 
@@ -164,7 +172,7 @@ load_asr = functools.cache(common.load_whisper)
 
 
 def write_instructions(teacher, task, batch, args):
-    """One batch of user turns -> rows: id, task, text (x), response, dropped (first filter failed, or "")."""
+    """One batch of user turns -> rows: id, task, text (x), opening, response, dropped (the filter or "")."""
     system, opener = None, ""                             # None: the template's own system turn, if any
     if task == "sqa":
         system, opener = QUIZ, OPENERS[batch % len(OPENERS)]
@@ -180,8 +188,8 @@ def write_instructions(teacher, task, batch, args):
         if task == "s2tt":                                # x is what stands between the quotation marks
             text, quote, _ = reply.partition('"')
             ended = bool(quote)
-        rows.append(dict(id=f"{task}-{batch:04d}-{len(rows):03d}", task=task, text=text.strip(), response="",
-                         dropped=check_instruction(task, text.strip(), ended)))
+        rows.append(dict(id=f"{task}-{batch:04d}-{len(rows):03d}", task=task, text=text.strip(), opening="",
+                         response="", dropped=check_instruction(task, text.strip(), ended)))
     return rows
 
 
@@ -213,7 +221,7 @@ def recorded_instructions(batch, args):
                 dropped = "too long to hear"
         except UserError:                                 # gone, silent, over 30 s
             dropped = "no recording"
-        rows.append(dict(id=f"s2tt-{number:06d}", task="s2tt", text=item["text"], response="",
+        rows.append(dict(id=f"s2tt-{number:06d}", task="s2tt", text=item["text"], opening="", response="",
                          recording=recording, dropped=dropped))
     return rows
 
@@ -227,17 +235,19 @@ def short_answer(reply):
 
 
 def answer_instructions(teacher, task, rows, args):
-    """Fill in y_ref, in place, where x passed its filters."""
+    """Fill in y_ref and what opened it, in place, where x passed its filters."""
     typed = common.REQUESTS[task].format(language=args.language)                           # p
-    end_id = common.chat_parts(teacher.tokenizer)[2]
-    opening, max_new = (SHORT_ANSWER, SHORT_TOKENS) if task == "sqa" else ("", args.max_new)
+    end_id, max_new = common.chat_parts(teacher.tokenizer)[2], args.max_new
     asked = [row for row in rows if not row["dropped"]]
-    prompts = [common.text_ids(teacher.tokenizer, row["text"], typed, opening) for row in asked]
+    if task == "sqa":                                     # in a sentence first, without p
+        prompts = [common.text_ids(teacher.tokenizer, row["text"], "") for row in asked]
+        for row, (sentence, _) in zip(asked, teacher.answer(prompts, end_id, max_new)):
+            row["opening"] = sentence.strip() + SHORT_ANSWER
+        max_new = SHORT_TOKENS
+    prompts = [common.text_ids(teacher.tokenizer, row["text"], typed, row["opening"]) for row in asked]
     for row, (reply, ended) in zip(asked, teacher.answer(prompts, end_id, max_new)):
-        answer = reply.strip()
-        if task == "sqa":
-            answer, ended = short_answer(reply)
-        row.update(response=answer, dropped=check_answer(task, row["text"], answer, ended))
+        answer, ended = short_answer(reply) if task == "sqa" else (reply.strip(), ended)
+        row.update(response=answer, dropped=check_answer(row | dict(response=answer), ended))
 
 
 def batch_path(args, name, batch):
@@ -327,8 +337,8 @@ def utterances_of(row, split, voices, unheard, args):
             id=f"{group}-{s}", group=group, split=split, task=task,
             language=args.language if task == "s2tt" else "English",
             text=row["text"], prompt=common.REQUESTS[task].format(language=args.language),
-            response=row["response"], reference=[row["response"]], audio=f"audio/{group}-{s}.wav",
-            voice=voice, seed=derive_seed(args.seed, group, s),
+            opening=row["opening"], response=row["response"], reference=[row["response"]],
+            audio=f"audio/{group}-{s}.wav", voice=voice, seed=derive_seed(args.seed, group, s),
             teacher=args.teacher.rpartition("#")[2])      # the model, wherever a server stands
         item |= draw_delivery(item, args.train_conditions)
         if "recording" in row:

@@ -72,10 +72,10 @@ class Teacher:
 
 def distillation(model, teacher, items, heard):
     """KL(pi_T || pi_theta) summed over y_ref's positions of each utterance, (N,); only these positions of the
-    two prompts line up. Behind the opening of sqa's answers the teacher ends with a quotation mark, the
-    student with its end token: that position is left out."""
+    two prompts line up. Behind the opening of sqa's answers, the item's, the teacher ends with a quotation
+    mark, the student with its end token: that position is left out."""
     requests = [item["prompt"] for item in items]
-    openings = [common.SHORT_ANSWER * (item["task"] == "sqa") for item in items]
+    openings = [item["opening"] for item in items]
     answers = [[model.answer_ids(item["response"])] for item in items]
     with teacher.reading() as llm:
         texts = []

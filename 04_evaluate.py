@@ -316,13 +316,6 @@ def holm(p):
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
-def is_contained(reference, answer):
-    """The reference's words stand in the answer as one run, normalised: "Ca" does not match "because"."""
-    wanted, said = common.normalise(reference).split(), common.normalise(answer).split()
-    starts = range(len(said) - len(wanted) + 1)
-    return bool(wanted) and any(said[at:at + len(wanted)] == wanted for at in starts)
-
-
 def length_controlled(wins, lengths, other_lengths, counts, prior=(0.0, -1.6), weight=(0.01, 1.0)):
     """Win rate in % at equal lengths, after AlpacaEval 2 (arXiv 2404.04475); not its official number [ours].
 
@@ -389,7 +382,7 @@ def cosines(vectors, rows):
 def measure_sqa(rows, groups, _):
     right = []
     for row in rows:
-        right.append(any(is_contained(reference, row["answer"]) for reference in row["reference"]))
+        right.append(any(common.is_contained(reference, row["answer"]) for reference in row["reference"]))
     return {"accuracy": mean_of(100 * group_means(right, groups))}
 
 

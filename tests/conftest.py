@@ -125,8 +125,9 @@ def write_groups(work):
             wave = spoken(text, tempo)
             soundfile.write(work / "data" / "audio" / f"{g}-{s}.wav", wave.numpy(), common.RATE)
             rows.append(dict(id=f"{g}-{s}", group=f"{g}", task="instruct", language="English", text=text,
-                             prompt="", response=response, reference=[response], audio=f"audio/{g}-{s}.wav",
-                             voice=f"tempo-{s}", seconds=len(wave) / common.RATE, condition=f"babble:{snr}"))
+                             prompt="", opening="", response=response, reference=[response],
+                             audio=f"audio/{g}-{s}.wav", voice=f"tempo-{s}", seconds=len(wave) / common.RATE,
+                             condition=f"babble:{snr}"))
     for split in common.SPLITS:
         common.write_jsonl(work / "data" / f"{split}.jsonl", rows)
     config = {"preset": "tiny", "teacher": "smollm2-135m", "served": False}

@@ -10,6 +10,7 @@ import soundfile
 import test_evaluation
 import torch
 from conftest import SENTENCES, stage
+from transformers import AutoModelForCausalLM
 
 import common
 
@@ -39,20 +40,38 @@ def test_the_first_filter_that_drops_an_instruction(task, text, ended, failed):
 
 @pytest.mark.parametrize("task, answer, ended, failed", [
     ("sqa", "Paris", True, ""), ("sqa", "The city of light, Paris", True, ""),
-    ("sqa", "France", True, "answer words"),
+    ("sqa", "France", True, "answer words"), ("sqa", "Lyon", True, "answer otherwise"),
+    ("sqa", "The answer", True, "answer otherwise"),
     ("sqa", "It is the old city of Paris", True, "answer words"), ("sqa", "", True, "answer ended"),
     ("sqa", "Paris", False, "answer ended"), ("instruct", "It is Paris, as everybody knows.", True, ""),
     ("instruct", "1. **Paris**", True, "answer speakable"),
     ("s2tt", "Où est la capitale\n?", True, "answer speakable"),
     ("s2tt", "Où est « la capitale » ?", True, "")])
 def test_the_first_filter_that_drops_an_answer(task, answer, ended, failed):
-    assert synthesize.check_answer(task, "What is the capital of France?", answer, ended) == failed
+    opening = "Paris is the city of light, Paris." + synthesize.SHORT_ANSWER
+    row = dict(task=task, text="What is the capital of France?", opening=opening, response=answer)
+    assert synthesize.check_answer(row, ended) == failed
 
 
 def test_an_sqa_answer_has_one_form():
     replies = ('mount Everest."', ' Mount Everest" is it', "Mount Everest")
     forms = list(map(synthesize.short_answer, replies))
     assert forms == [("Mount Everest", True), ("Mount Everest", True), ("Mount Everest", False)]
+
+
+def test_an_sqa_answer_is_what_the_teacher_says_in_a_sentence():
+    """The embedded teacher, really asked; transformers' own greedy sentence opens the answer."""
+    teacher = synthesize.load_teacher("smollm2-135m", "cpu")
+    row = dict(task="sqa", text="What is the capital of France?", opening="", response="", dropped="")
+    synthesize.answer_instructions(teacher, "sqa", [row], SimpleNamespace(language="French", max_new=48))
+    assert (row["response"], row["dropped"]) == ("Paris", "")
+    llm = AutoModelForCausalLM.from_pretrained(common.resolve("smollm2-135m"), dtype=common.native_dtype())
+    chat = [dict(role="system", content=common.SYSTEM), dict(role="user", content=row["text"])]
+    ids = teacher.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt",
+                                                return_dict=True)
+    said = llm.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    sentence = teacher.tokenizer.decode(said, skip_special_tokens=True)
+    assert row["opening"] == sentence.strip() + synthesize.SHORT_ANSWER
 
 
 def test_two_wordings_are_one_instruction():

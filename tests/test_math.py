@@ -156,11 +156,11 @@ def test_kd_asks_the_teacher_behind_the_opening_of_short_answers(groups, model):
     of an instruct item nothing is left, of an sqa item KL(pi_T behind the opening || pi without) of its one
     word, here by transformers' own float32 model."""
     item = common.read_items(groups, "train")[0]
-    items = [dict(item, task=task, response="Paris") for task in ("instruct", "sqa")]
+    items = [dict(item, opening=opening, response="Paris") for opening in ("", "It is Paris. So it's ")]
     heard, teacher = [model.read(item["text"]) for item in items], sft.Teacher(model, "smollm2-135m")
     llm = AutoModelForCausalLM.from_pretrained(common.resolve("smollm2-135m"), dtype=torch.float32)
     before, after, _ = common.chat_parts(model.tokenizer, items[0]["prompt"])
-    opening, paris = model.tokenizer([common.SHORT_ANSWER, "Paris"]).input_ids
+    opening, paris = model.tokenizer(["It is Paris. So it's ", "Paris"]).input_ids
     assert len(paris) == 1
     with torch.no_grad():
         same, short = sft.distillation(model, teacher, items, heard).tolist()
