@@ -333,6 +333,24 @@ def test_sampled_sequences_follow_the_distribution(toy, temperature, top_p):
         assert len(likely) > 5 and square < len(likely) + 3.1 * math.sqrt(2 * len(likely))
 
 
+@pytest.mark.parametrize("spread", [3.0, 0.01])
+def test_top_p_of_a_large_vocabulary(spread):
+    """Where a few thousand tokens hold the share, and where nearly all are needed: numpy's sort says which."""
+    logits = spread * torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0))
+    uniform, found = torch.tensor([0.0, 0.3, 0.7, 0.999]), []
+    for row, u in zip(logits.double().numpy(), uniform.tolist()):
+        p = np.exp(row) / np.exp(row).sum()
+        order = np.argsort(-p)
+        kept = 1 + np.searchsorted(np.cumsum(p[order]), 0.9)
+        assert (kept < 8192) == (spread == 3.0)
+        cdf = np.cumsum(p[order[:kept]])
+        found.append(int(order[np.searchsorted(cdf, u * cdf[-1], side="right")]))
+    drawn = common.draw(logits, uniform, 1.0, 0.9)
+    ranks = [int((logits[i] > logits[i, token]).sum() - (logits[i] > logits[i, wanted]).sum())
+             for i, (token, wanted) in enumerate(zip(drawn, found))]
+    assert int(drawn[0]) == found[0] and max(map(abs, ranks)) <= 2   # sums in float32
+
+
 def test_attention_of_a_gpus_layout(toy, monkeypatch):
     """On a GPU torch's kernels give a transposed buffer: heads and positions must not be confused, nor
     refused."""
