@@ -946,7 +946,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.adapter = linear.weight, linear.bias, adapter
         self.packed = None
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16:
+        if self.weight.device.type == "cpu" and self.weight.dtype == native_dtype() == torch.bfloat16:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 32)
         if r:
             options = dict(device=self.weight.device, dtype=torch.float32)
