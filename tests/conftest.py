@@ -136,8 +136,13 @@ def write_groups(work):
 
 
 @pytest.fixture(scope="session")
-def groups(tmp_path_factory):
-    return write_groups(tmp_path_factory.mktemp("groups") / "work")
+def groups(tmp_path_factory, model):
+    """write_groups, already listened to, as every copy of it would be."""
+    work = write_groups(tmp_path_factory.mktemp("groups") / "work")
+    for split in ("train", "valid"):
+        items, window = common.read_items(work, split), common.PRESETS["tiny"]["max_seconds"] + 3
+        common.listen_to_split(model, work, work / "data" / f"{split}.jsonl", items, window=window)
+    return work
 
 
 SIZES = ("--train", "instruct=2,sqa=3,s2tt=1", "--valid", "instruct=1,sqa=1",
