@@ -247,7 +247,8 @@ def answer_instructions(teacher, task, rows, args):
     prompts = [common.text_ids(teacher.tokenizer, row["text"], typed, row["opening"]) for row in asked]
     for row, (reply, ended) in zip(asked, teacher.answer(prompts, end_id, max_new)):
         answer, ended = short_answer(reply) if task == "sqa" else (reply.strip(), ended)
-        row.update(response=answer, dropped=check_answer(row | dict(response=answer), ended))
+        row["response"] = answer
+        row["dropped"] = check_answer(row, ended)
 
 
 def batch_path(args, name, batch):

@@ -75,19 +75,18 @@ def distillation(model, teacher, items, heard):
     two prompts line up. Behind the opening of sqa's answers, the item's, the teacher ends with a quotation
     mark, the student with its end token: that position is left out."""
     requests = [item["prompt"] for item in items]
-    openings = [item["opening"] for item in items]
     answers = [[model.answer_ids(item["response"])] for item in items]
     with teacher.reading() as llm:
         texts = []
-        for item, opening in zip(items, openings):
-            ids = common.text_ids(model.tokenizer, item["text"], item["prompt"], opening)
+        for item in items:
+            ids = common.text_ids(model.tokenizer, item["text"], item["prompt"], item["opening"])
             texts.append(common.embed(llm, ids))
         taught, _, _ = common.answer_states(llm, texts, answers)                           # (sum L, d_T)
     states, _, lengths = common.answer_states(model.llm, model.speech_prompts(heard, requests), answers)
     teacher_head, head = (teacher.llm or model.llm).get_output_embeddings(), model.llm.get_output_embeddings()
     rows = common.by_chunks(lambda h, t: kl_rows(teacher_head(t), head(h)), states, taught)   # (sum L,)
-    parts = zip(rows.split(lengths), openings)
-    return torch.stack([part[:-1].sum() if opening else part.sum() for part, opening in parts])   # (N,)
+    parts = zip(rows.split(lengths), items)
+    return torch.stack([part[:-1].sum() if item["opening"] else part.sum() for part, item in parts])   # (N,)
 
 
 # --------------------------------------------------------------------------------------------------- training

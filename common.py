@@ -600,12 +600,15 @@ def loading(name, kind):
                         f"or one of {', '.join(EMBEDDED)}") from None
 
 
+def cpu_has_bfloat16():
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def native_dtype():
     """bfloat16 where the hardware computes in it, else float32."""
+    has = cpu_has_bfloat16()
     if torch.cuda.is_available():
         has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has else torch.float32
 
 
@@ -946,7 +949,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.adapter = linear.weight, linear.bias, adapter
         self.packed = None
-        if self.weight.device.type == "cpu" and self.weight.dtype == native_dtype() == torch.bfloat16:
+        on_cpu = self.weight.device.type == "cpu"
+        if on_cpu and self.weight.dtype == torch.bfloat16 and cpu_has_bfloat16():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 32)
         if r:
             options = dict(device=self.weight.device, dtype=torch.float32)

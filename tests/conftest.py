@@ -140,8 +140,8 @@ def groups(tmp_path_factory, model):
     """write_groups, already listened to, as every copy of it would be."""
     work = write_groups(tmp_path_factory.mktemp("groups") / "work")
     for split in ("train", "valid"):
-        items, window = common.read_items(work, split), common.PRESETS["tiny"]["max_seconds"] + 3
-        common.listen_to_split(model, work, work / "data" / f"{split}.jsonl", items, window=window)
+        items, path = common.read_items(work, split), work / "data" / f"{split}.jsonl"
+        common.listen_to_split(model, work, path, items, window=12.0)
     return work
 
 

@@ -155,12 +155,12 @@ def test_kd_asks_the_teacher_behind_the_opening_of_short_answers(groups, model):
     """Where student and teacher are one LLM and the words were heard right, nothing but the opening differs:
     of an instruct item nothing is left, of an sqa item KL(pi_T behind the opening || pi without) of its one
     word, here by transformers' own float32 model."""
-    item = common.read_items(groups, "train")[0]
-    items = [dict(item, opening=opening, response="Paris") for opening in ("", "It is Paris. So it's ")]
+    item, said = common.read_items(groups, "train")[0], "It is Paris. So it's "
+    items = [dict(item, opening=opening, response="Paris") for opening in ("", said)]
     heard, teacher = [model.read(item["text"]) for item in items], sft.Teacher(model, "smollm2-135m")
     llm = AutoModelForCausalLM.from_pretrained(common.resolve("smollm2-135m"), dtype=torch.float32)
     before, after, _ = common.chat_parts(model.tokenizer, items[0]["prompt"])
-    opening, paris = model.tokenizer(["It is Paris. So it's ", "Paris"]).input_ids
+    opening, paris = model.tokenizer([said, "Paris"]).input_ids
     assert len(paris) == 1
     with torch.no_grad():
         same, short = sft.distillation(model, teacher, items, heard).tolist()
