@@ -949,8 +949,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.adapter = linear.weight, linear.bias, adapter
         self.packed = None
-        on_cpu = self.weight.device.type == "cpu"
-        if on_cpu and self.weight.dtype == torch.bfloat16 and cpu_has_bfloat16():
+        on_cpu, dtype = self.weight.device.type == "cpu", self.weight.dtype
+        if on_cpu and (dtype == torch.float32 or dtype == torch.bfloat16 and cpu_has_bfloat16()):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 32)
         if r:
             options = dict(device=self.weight.device, dtype=torch.float32)
@@ -1118,7 +1118,7 @@ class SpeechLM(nn.Module):
         return self.tokenizer(text, add_special_tokens=False).input_ids + [self.end_id]
 
     def answer(self, heard, prompts, max_new, seeds=None, temperature=1.0):
-        """N results of `listen` and requests p -> N Answers: greedy, or sampled, each from its own seed."""
+        """N results of `listen` and requests p -> N Answers, each from its seed, or greedy (None)."""
         def some(chosen):
             return self.speech_prompts([heard[i] for i in chosen], [prompts[i] for i in chosen])
         lengths = [len(row["ids"]) for row in heard]
@@ -1358,21 +1358,22 @@ def draw(logits, uniform, temperature, top_p):
 def sample(llm, prompts, end_id, max_new, seeds=None, temperature=1.0, top_p=1.0):
     """Continue N prompts, each len(seeds[i]) times: list of N (T_i, d) -> list of N lists of (ids, ended).
 
-    A row draws at uniforms of its own seed, so a sample does not depend on its batch. seeds None: greedy, one
-    continuation each. ids hold no end token; ended is False where max_new cut it.
+    A row draws at uniforms of its own seed, so a sample does not depend on its batch; a seed None is greedy.
+    seeds None: greedy, one continuation each. ids hold no end token; ended is False where max_new cut it.
 
     Fast because every prompt is computed once for all its samples, the rows that have
     ended leave the batch, and the LM head runs on the last position alone.
     """
     body, head, device = llm.get_decoder().eval(), llm.get_output_embeddings(), prompts[0].device
-    counts = [1] * len(prompts) if seeds is None else [len(s) for s in seeds]
+    seeds = seeds or [[None]] * len(prompts)
+    counts = [len(s) for s in seeds]
     width, sizes = max(map(len, prompts)), torch.tensor([len(p) for p in prompts], device=device)
     # ---- the prompts, padded on the left: real says which positions are none of the padding
     embeds = torch.stack([F.pad(p, (0, 0, width - len(p), 0)) for p in prompts])           # (N, T, d)
     at = torch.arange(width + max_new, device=device)
     real = at >= (width - sizes)[:, None]                                                  # (N, T + max_new)
-    own = torch.eye(width, dtype=torch.bool, device=device)   # padding sees itself: some kernels need one
-    sees = (real[:, None, None, :width] | own).tril()                                      # (N, 1, T, T)
+    itself = torch.eye(width, dtype=torch.bool, device=device)   # padding sees itself: some kernels need one
+    sees = (real[:, None, None, :width] | itself).tril()                                      # (N, 1, T, T)
     bias, cache = _bias(real[:, None, None]), transformers.DynamicCache()                  # (N, 1, 1, all)
     positions = (at[:width] - (width - sizes)[:, None]).clamp(min=0)                       # (N, T)
     hidden = body(inputs_embeds=embeds, attention_mask=_bias(sees), past_key_values=cache, use_cache=True,
@@ -1382,14 +1383,17 @@ def sample(llm, prompts, end_id, max_new, seeds=None, temperature=1.0, top_p=1.0
     owner = torch.repeat_interleave(torch.tensor(counts)).to(device)                       # (rows,)
     cache.batch_select_indices(owner)
     hidden, bias, sizes = hidden[owner], bias[owner], sizes[owner]
-    if seeds is not None:
-        generators = [torch.Generator().manual_seed(seed) for seed in itertools.chain(*seeds)]
-        uniform = torch.stack([torch.rand(max_new, generator=g) for g in generators])      # (rows, max_new)
-        uniform = uniform.to(device)
+    seeds = list(itertools.chain(*seeds))                                                  # of each row
+    drawn = torch.tensor([seed is not None for seed in seeds], device=device)              # (rows,)
+    generators = [torch.Generator().manual_seed(seed or 0) for seed in seeds]
+    uniform = torch.stack([torch.rand(max_new, generator=g) for g in generators])          # (rows, max_new)
+    uniform = uniform.to(device)
     out, ended = [[] for _ in alive], [False] * len(alive)
     for t in range(max_new):
         logits = head(hidden).to(device)                                                   # (alive, V)
-        token = logits.argmax(-1) if seeds is None else draw(logits, uniform[alive, t], temperature, top_p)
+        token, own = logits.argmax(-1), drawn[alive]                                       # (alive,)
+        if own.any():
+            token[own] = draw(logits[own], uniform[alive[own], t], temperature, top_p)
         for row, value in zip(alive.tolist(), token.tolist()):
             ended[row] = ended[row] or value == end_id
             if not ended[row]:
@@ -1421,7 +1425,7 @@ def token_batches(lengths, limit):
 
 @torch.inference_mode()
 def answer_all(llm, tokenizer, lengths, prompts_of, end_id, max_new, seeds=None, temperature=1.0):
-    """Continue N prompts, those of like length together -> N Answers: greedy, or sampled, each from its seed.
+    """Continue N prompts, those of like length together -> N Answers, each from its seed, or greedy (None).
 
     prompts_of(indices) -> their prompts, a list of (T_i, d).
     """
@@ -1500,7 +1504,7 @@ class HeldOut:
     """The curve that says whether a run learns: fixed utterances of `valid`, one a group."""
 
     def __init__(self, model, args, reward):
-        self.model, self.reward, self.max_new = model, reward, args.max_new
+        self.model, self.reward, self.max_new, self.starts = model, reward, args.max_new, {}
         items, path = read_items(args.work, "valid"), args.work / "data" / "valid.jsonl"
         heard = listen_to_split(model, args.work, path, items, window=args.window)
         chosen = []
@@ -1513,8 +1517,8 @@ class HeldOut:
         model, items, heard = self.model, [self.items[i] for i in some], [self.heard[i] for i in some]
         prompts = [item["prompt"] for item in items]
         seeds = [derive_seed("held out", item["id"]) for item in items]
-        greedy = model.answer(heard, prompts, self.max_new)
-        sampled = model.answer(heard, prompts, self.max_new, seeds)
+        answers = model.answer(heard * 2, prompts * 2, self.max_new, [None] * len(some) + seeds)
+        greedy, sampled = answers[:len(some)], answers[len(some):]
         log_probs = answer_log_probs(model, items, heard, sampled)
         with model.with_state(reference):
             before = answer_log_probs(model, items, heard, sampled)
@@ -1606,7 +1610,10 @@ class Run:
     def updates(self):
         """The steps that are left; what the caller does between two of them is one update."""
         if not self.rows:
-            self.write(self.held_out.measure(self.reference))
+            starts, init = self.held_out.starts, self.history[-1]["init"]
+            if init not in starts:                        # sft+ and kd, or both objectives, start alike
+                starts[init] = self.held_out.measure(self.reference)
+            self.write(starts[init])
         bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.name,
                    unit="update", disable=rank() > 0)
         for step in bar:
