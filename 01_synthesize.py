@@ -25,12 +25,14 @@ Batches are numbered, and seeded by (seed, task, number): no kill and no number 
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
 import common                                             # first: it says in one line what is missing
 from common import RATE, SPLITS, TASKS, UserError, derive_seed
@@ -73,35 +75,30 @@ def is_speakable(text):
     return bool(plain and common.has_words(text) and not re.search(odd, text))
 
 
+def first_failed(tests):
+    """{filter: passed} -> the first filter that was not passed, or ""."""
+    return next((name for name, passed in tests.items() if not passed), "")
+
+
 def check_instruction(task, text, ended):
     """The filter that drops x, or ""; its form: a question for sqa, a sentence for s2tt."""
     form = {"sqa": r".*\?", "s2tt": r"[A-Z].*[.?!]", "instruct": r".*"}[task]
-    if not ended:
-        return "ended"
-    if not is_speakable(text):
-        return "speakable"
-    if not re.fullmatch(form, text):
-        return "form"
-    if not 3 <= len(text.split()) <= 20:
-        return "length"
-    return ""
+    return first_failed({"ended": ended, "speakable": is_speakable(text), "form": re.fullmatch(form, text),
+                         "length": 3 <= len(text.split()) <= 20})
 
 
 def check_answer(row, ended):
     """The filter that drops y_ref, or "". An sqa answer: one to five words, not all from the question, and
     as the sentence has them that opened it."""
-    task, text, answer = row["task"], row["text"], row["response"]
-    if not ended or not common.has_words(answer):
-        return "answer ended"
+    task, answer = row["task"], row["response"]
     speakable = "\n" not in answer if task == "s2tt" else is_speakable(answer)       # s2tt: in any script
-    if not speakable:
-        return "answer speakable"
-    repeats = set(common.normalise(answer).split()) <= set(common.normalise(text).split())
-    if task == "sqa" and (repeats or len(answer.split()) > 5):
-        return "answer words"
-    if task == "sqa" and not common.is_contained(answer, row["opening"].removesuffix(SHORT_ANSWER)):
-        return "answer otherwise"
-    return ""
+    tests = {"answer ended": ended and common.has_words(answer), "answer speakable": speakable}
+    if task == "sqa":
+        asked, said = set(common.normalise(row["text"]).split()), common.normalise(answer).split()
+        sentence = row["opening"].removesuffix(SHORT_ANSWER)
+        tests |= {"answer words": len(answer.split()) <= 5 and not asked.issuperset(said),
+                  "answer otherwise": common.is_contained(answer, sentence)}
+    return first_failed(tests)
 
 
 def content_words(text):
@@ -116,7 +113,7 @@ class LocalTeacher:
 
     def __init__(self, name, device):
         spread = "auto" if torch.cuda.device_count() > 1 and common.world() == 1 else None
-        self.tokenizer, self.llm = common.load_llm(name, device, device_map=spread)
+        self.tokenizer, self.llm = common.load_llm(name, spread or device)
 
     @torch.inference_mode()
     def write(self, prompt, end_id, max_new, seeds, top_p):
@@ -127,8 +124,8 @@ class LocalTeacher:
 
     def answer(self, prompts, end_id, max_new):
         """N prompts of token ids, each continued greedily -> N (text, ended)."""
-        def embedded(chosen):
-            return [common.embed(self.llm, prompts[i]) for i in chosen]                    # (T_i, d)
+        def embedded(i):
+            return common.embed(self.llm, prompts[i])                                      # (T_i, d)
         lengths = list(map(len, prompts))
         answers = common.answer_all(self.llm, self.tokenizer, lengths, embedded, end_id, max_new)
         return [(answer.text, answer.ended) for answer in answers]
@@ -255,30 +252,35 @@ def batch_path(args, name, batch):
     return args.work / "data" / "batches" / f"{name}-{batch:04d}.jsonl"
 
 
-def batch_rows(task, batch, args):
-    """Rows of one text batch. They are written W at a time, one by each of the W processes, and kept."""
-    if batch % common.world() == 0:                       # so every W-th call writes, the others only read
-        mine = batch + common.rank()
-        if not batch_path(args, task, mine).exists():
-            teacher = load_teacher(args.teacher, args.device)
-            if task == "s2tt" and args.s2tt != "none":
-                rows = recorded_instructions(mine, args)
-            else:
-                rows = write_instructions(teacher, task, mine, args)
-            answer_instructions(teacher, task, rows, args)
-            common.write_jsonl(batch_path(args, task, mine), rows)
-        common.barrier()
-    return common.read_jsonl(batch_path(args, task, batch), "01_synthesize.py")
+def text_batch(task, batch, args):
+    """Rows of one text batch, written once and kept."""
+    path = batch_path(args, task, batch)
+    if not path.exists():
+        teacher = load_teacher(args.teacher, args.device)
+        if task == "s2tt" and args.s2tt != "none":
+            rows = recorded_instructions(batch, args)
+        else:
+            rows = write_instructions(teacher, task, batch, args)
+        answer_instructions(teacher, task, rows, args)
+        common.write_jsonl(path, rows)
+    return common.read_jsonl(path)
+
+
+def text_batches(task, args):
+    """Batch after batch without end, W at a time, one by each of the W processes: lists of rows."""
+    for first in itertools.count(0, common.world()):
+        numbers = range(first, first + common.world())
+        yield from common.shared(numbers, lambda batch: [text_batch(task, batch, args)])
 
 
 def write_texts(task, wanted, known, args):
     """Batch after batch of a task, until `wanted` rows are not dropped -> all rows of these batches. Every
     process reads the same batches, so all stop at the same one. known: the content words of every task's
     rows so far; a rewording of one is dropped, as it might come into another split."""
-    rows, kept, batch = [], 0, 0
+    rows, kept, read, batches = [], 0, 0, text_batches(task, args)
     bar = tqdm(desc=f"write {task}", unit="group", total=wanted, disable=common.rank() > 0)
     while kept < wanted:
-        for row in batch_rows(task, batch, args):
+        for row in next(batches):
             words = content_words(row["text"])
             if not row["dropped"] and words in known:
                 row["dropped"] = "duplicate"
@@ -287,14 +289,14 @@ def write_texts(task, wanted, known, args):
                 kept += 1
                 bar.update()
             rows.append(row)
-        batch += 1
+        read += 1
         recorded = task == "s2tt" and args.s2tt != "none"
-        if kept < wanted and recorded and batch * BATCH >= len(recordings(args.s2tt)):
+        if kept < wanted and recorded and len(rows) >= len(recordings(args.s2tt)):
             raise UserError(f"--s2tt {args.s2tt}: {kept} different sentences can be used, {wanted} are asked "
                             "for; ask for fewer")
-        if batch > kept + 20:
-            raise UserError(f"{args.teacher}: {batch} batches of {task} hold {kept} turns that pass "
-                            "all filters; choose another teacher, or no groups of that task")
+        if read > kept + 20:
+            raise UserError(f"{args.teacher}: {read} batches of {task} hold {kept} turns that pass all "
+                            "filters; choose another teacher, or no groups of that task")
     bar.close()
     return rows
 
@@ -471,20 +473,14 @@ def write_speech(items, asr, args):
         common.write_atomic(args.work / "data" / item["audio"], write)                    # 16 bits
 
 
-def speak_groups(groups, args):
-    """Batch after batch, shared among the processes by number -> the utterances as they were spoken."""
-    batches = [groups[at:at + SPEECH_GROUPS] for at in range(0, len(groups), SPEECH_GROUPS)]
-    for batch, some in enumerate(tqdm(batches, desc="speak", unit="batch", disable=common.rank() > 0)):
-        path = batch_path(args, "speech", batch)
-        if batch % common.world() == common.rank() and not path.exists():
-            items = list(itertools.chain(*some))
-            write_speech(items, load_asr(args.whisper, args.device), args)
-            common.write_jsonl(path, items)               # after its wavs: where it stands, they do
-    common.barrier()
-    spoken = []
-    for batch in range(len(batches)):
-        spoken += common.read_jsonl(batch_path(args, "speech", batch), "01_synthesize.py")
-    return spoken
+def spoken_batch(batch, groups, args):
+    """The utterances of a batch of groups as they were spoken, once, and kept."""
+    path = batch_path(args, "speech", batch)
+    if not path.exists():
+        items = list(itertools.chain(*groups[batch * SPEECH_GROUPS:(batch + 1) * SPEECH_GROUPS]))
+        write_speech(items, load_asr(args.whisper, args.device), args)
+        common.write_jsonl(path, items)                   # after its wavs: where it stands, they do
+    return common.read_jsonl(path)
 
 
 # ------------------------------------------------------------------------------------ 5: splits and data card
@@ -516,7 +512,7 @@ def data_card(splits, rows, args):
         several = task != "sqa" and len({item["voice"] for item in items}) > 1
         share = f"{agreeing / len(heard):.0%}" if several else "one voice"
         hours = sum(item["seconds"] for item in items) / 3600
-        wer = common.mean(item["wer"] for item in items)
+        wer = fmean(item["wer"] for item in items)
         card += f"| {split} | {task} | {len(heard)} | {len(items)} | {hours:.3f} | {wer:.3f} | {share} |\n"
 
     turns = defaultdict(Counter)                          # first filter failed -> task -> user turns
@@ -577,7 +573,8 @@ def main():
     groups = []
     for split, chosen in assign_splits(rows, counts, args.seed).items():
         groups += [utterances_of(row, split, voices, unheard, args) for row in chosen]
-    spoken = speak_groups(groups, args)
+    batches = range(math.ceil(len(groups) / SPEECH_GROUPS))
+    spoken = common.shared(batches, lambda batch: spoken_batch(batch, groups, args), desc="speak")
     if common.rank() > 0:
         return
     # ---- 5: what was spoken well, and its card

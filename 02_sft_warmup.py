@@ -20,8 +20,8 @@ Whisper made of the speech.
 import common                                             # first: it says in one line what is missing
 from common import UserError
 
-import contextlib
 import functools
+import itertools
 
 import torch
 
@@ -51,39 +51,32 @@ def kl_rows(teacher_logits, student_logits):
     return (log_t.exp() * (log_t - log_s)).sum(-1)                                         # (rows,)
 
 
-class Teacher:
-    """pi_T reading the true words: the SpeechLM's own LLM with LoRA off where the two are one, else its own
-    weights."""
-
-    def __init__(self, model, name):
-        self.model, self.llm = model, None
-        if name != model.config["student"]:
-            tokenizer, self.llm = common.load_llm(name, model.device)
-            if tokenizer.get_vocab() != model.tokenizer.get_vocab():
-                raise UserError(f"kd: teacher {name} and student {model.config['student']} have different "
-                                "token ids; use --objective sft or sft+")
-
-    @contextlib.contextmanager
-    def reading(self):
-        own = contextlib.nullcontext(self.llm) if self.llm else self.model.as_text_llm()
-        with own as llm, torch.no_grad():
-            yield llm
+def load_teacher(model, name):
+    """pi_T: the SpeechLM's own LLM, read with LoRA off, where the two are one; else its own weights."""
+    if name == model.config["student"]:
+        return model.llm
+    tokenizer, llm = common.load_llm(name, model.device)
+    if tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise UserError(f"kd: teacher {name} and student {model.config['student']} have different token ids; "
+                        "use --objective sft or sft+")
+    return llm
 
 
 def distillation(model, teacher, items, heard):
     """KL(pi_T || pi_theta) summed over y_ref's positions of each utterance, (N,); only these positions of the
-    two prompts line up. Behind the opening of sqa's answers, the item's, the teacher ends with a quotation
-    mark, the student with its end token: that position is left out."""
-    requests = [item["prompt"] for item in items]
+    two prompts line up. pi_T reads the true words. Behind the opening of sqa's answers, the item's, it ends
+    with a quotation mark, the student with its end token: that position is left out."""
+    requests, texts = [item["prompt"] for item in items], []
     answers = [[model.answer_ids(item["response"])] for item in items]
-    with teacher.reading() as llm:
-        texts = []
+    model.adapter.on = False
+    with torch.no_grad():
         for item in items:
             ids = common.text_ids(model.tokenizer, item["text"], item["prompt"], item["opening"])
-            texts.append(common.embed(llm, ids))
-        taught, _, _ = common.answer_states(llm, texts, answers)                           # (sum L, d_T)
+            texts.append(common.embed(teacher, ids))
+        taught, _, _ = common.answer_states(teacher, texts, answers)                       # (sum L, d_T)
+    model.adapter.on = True
     states, _, lengths = common.answer_states(model.llm, model.speech_prompts(heard, requests), answers)
-    teacher_head, head = (teacher.llm or model.llm).get_output_embeddings(), model.llm.get_output_embeddings()
+    teacher_head, head = teacher.get_output_embeddings(), model.llm.get_output_embeddings()
     rows = common.by_chunks(lambda h, t: kl_rows(teacher_head(t), head(h)), states, taught)   # (sum L,)
     parts = zip(rows.split(lengths), items)
     return torch.stack([part[:-1].sum() if item["opening"] else part.sum() for part, item in parts])   # (N,)
@@ -96,10 +89,9 @@ def train(model, items, heard, run, args, loss_of, order):
     for item, row in zip(items, heard):
         answer_tokens.append(len(model.answer_ids(item["response"])))
         sizes.append(common.PROMPT_TOKENS + len(row["ids"]) + len(item["response"]) // 4)
+    batches = common.batches(len(groups), args.batch_size, run.steps, args.seed, order)
     for step in run.updates():
-        batch = []
-        for g in common.batch_at(len(groups), args.batch_size, step, args.seed, order):
-            batch += groups[g]
+        batch = list(itertools.chain(*(groups[g] for g in batches[step])))
         mine, total = sorted(batch[common.rank()::common.world()], key=sizes.__getitem__), 0.0
         lengths = [sizes[i] for i in mine]
         for chunk in common.token_batches(lengths, args.micro_tokens):
@@ -124,8 +116,7 @@ def main():
         objectives.remove("kd")                           # other token ids, or a served teacher
     items = common.read_items(args.work, "train")
     model = common.load_speechlm(vars(args), device)
-    path = args.work / "data" / "train.jsonl"
-    heard = common.listen_to_split(model, args.work, path, items, window=args.window)
+    heard = common.listen_to_split(model, args.work, "train", items, window=args.window)
     held_out = common.HeldOut(model, args, common.Reward(args, device))
     sizes = {key: args.given[key] for key in ("batch_size", "lr") if key in args.given}
     for objective in objectives:
@@ -136,7 +127,7 @@ def main():
         rate = sizes.get("lr", args.lr if first else args.rl_lr)
         loss_of = functools.partial(cross_entropy, model)
         if objective == "kd":
-            loss_of = functools.partial(distillation, model, Teacher(model, args.teacher))
+            loss_of = functools.partial(distillation, model, load_teacher(model, args.teacher))
         run = common.Run(model, args, args.out or objective, init, steps, rate, held_out, objective=objective,
                          batch_size=args.batch_size)
         if not run.done:

@@ -26,11 +26,12 @@ plots/NAME.png. Without --objective: rba-group, then rba-single.
     torchrun --nproc_per_node 8 03_rba_rl.py --preset small   one node: the same gradients
 """
 import common                                             # first: it says in one line what is missing
-from common import UserError, mean
+from common import UserError
 
 import itertools
 import random
 from collections import Counter
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +154,7 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
     ids = [[items[i]["id"] for group in batch for i in group] for batch in batches]
     rows, todo = read_samples(path, round_, ids)
-    bar = tqdm(range(0, len(todo), W), desc=f"sample {run.name}", unit="batch", leave=False,
-               disable=common.rank() > 0)
+    bar = tqdm(range(0, len(todo), W), desc=f"sample {run.name}", leave=False, disable=common.rank() > 0)
     for at in bar:
         parts = [batches[number] for number in todo[at:at + W]]
         new = common.shared(parts, lambda part: judged_batch(model, reward, items, heard, part, round_, args))
@@ -172,13 +172,13 @@ def describe_samples(samples, objective):
     for row in samples:
         groups.setdefault(row["group"], []).append(row)
     for voice in sorted({row["voice"] for row in samples}):
-        out[f"samples/reward/{voice}"] = mean(row["reward"] for row in samples if row["voice"] == voice)
+        out[f"samples/reward/{voice}"] = fmean(row["reward"] for row in samples if row["voice"] == voice)
     several = [[row["reward"] for row in rows] for rows in groups.values() if len(rows) > 1]
     if len(several) > 1:
         spread = [torch.tensor(rewards).var() for rewards in several]
         out["samples/variance_within"] = float(torch.stack(spread).mean())
-        out["samples/variance_between"] = float(torch.tensor([mean(rewards) for rewards in several]).var())
-        out["samples/headroom"] = mean(max(rewards) - mean(rewards) for rewards in several)
+        out["samples/variance_between"] = float(torch.tensor([fmean(rewards) for rewards in several]).var())
+        out["samples/headroom"] = fmean(max(rewards) - fmean(rewards) for rewards in several)
     better = Counter()
     for rows in groups.values():
         paired = [row for row in rows if row["role"]]
@@ -188,10 +188,10 @@ def describe_samples(samples, objective):
             better["better" if gap > 0 else "worse" if gap < 0 else "alike"] += 1
     for how, number in better.items():
         out[f"samples/positive_heard_{how}"] = number / better.total()
-    out |= {"samples/reward": mean(row["reward"] for row in samples),
-            "samples/ended": mean(row["ended"] for row in samples),
-            "samples/tokens": mean(len(row["ids"]) for row in samples),
-            "samples/in_a_pair": mean(bool(row["role"]) for row in samples)}
+    out |= {"samples/reward": fmean(row["reward"] for row in samples),
+            "samples/ended": fmean(row["ended"] for row in samples),
+            "samples/tokens": fmean(len(row["ids"]) for row in samples),
+            "samples/in_a_pair": fmean(bool(row["role"]) for row in samples)}
     return out
 
 
@@ -289,10 +289,8 @@ def align(model, items, heard, reward, run, args):
     if common.rank() == 0 and not run.resume.exists():    # earlier samples are another run's
         (args.work / "samples" / f"{run.name}.jsonl").unlink(missing_ok=True)
     common.barrier()
-    batches, rounds = [], []
-    for step in range(args.max_steps):
-        batches.append(common.batch_at(len(groups), args.batch_size, step, args.seed, "groups"))
-        rounds.append(step * args.rounds // args.max_steps)
+    batches = common.batches(len(groups), args.batch_size, args.max_steps, args.seed, "groups")
+    rounds = [step * args.rounds // args.max_steps for step in range(args.max_steps)]
     for step in run.updates():
         first = rounds.index(rounds[step]) == step        # of its round
         if first:
@@ -324,8 +322,7 @@ def main():
     common.fingerprint(init)                              # before the models are loaded: it may be missing
     items, reward = common.read_items(args.work, "train"), common.Reward(args, device)
     model = common.load_speechlm(vars(args), device)
-    path = args.work / "data" / "train.jsonl"
-    heard = common.listen_to_split(model, args.work, path, items, window=args.window)
+    heard = common.listen_to_split(model, args.work, "train", items, window=args.window)
     if args.control == "text":
         heard = [model.read(item["text"]) for item in items]   # the true words
     held_out = common.HeldOut(model, args, reward)

@@ -34,9 +34,8 @@ import functools
 import itertools
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,10 +118,7 @@ def question_table(path):
 def own_items(path):
     """JSONL of id, audio, task, instruction, reference (one or a list), language; or a split of 01's."""
     for row in common.read_jsonl(path):
-        text = row.get("text") or row.get("instruction")
-        if not isinstance(text, str) or not isinstance(row.get("audio"), str):
-            raise UserError(f"{path}: item {row.get('id')} needs audio (a path) and instruction (its words)")
-        yield row | dict(text=text)
+        yield row | dict(text=row.get("text") or row["instruction"], audio=row["audio"])
 
 
 READERS = {"llama_questions": question_table, "openaudiobench": question_table} | common.TRANSLATIONS
@@ -153,10 +149,8 @@ def read_set(spec, language):
         items = list(READERS.get(kind, own_items)(path))
         for number, item in enumerate(items):
             complete(item, number, language)
-    except UserError:
-        raise
     except Exception as error:                            # csv and yaml have errors of their own
-        raise UserError(f"--data {spec}: not as published ({type(error).__name__}: {str(error)[:100]}); give "
+        raise UserError(f"--data {spec}: not as published ({type(error).__name__}: {str(error)[:200]}); give "
                         f"FILE.jsonl or KIND:PATH, KIND one of {', '.join(READERS)}") from None
     for item in tqdm(items, desc="read", unit="item", leave=False):
         try:
@@ -186,7 +180,8 @@ def choose_checkpoints(args):
     chosen = args.systems.split(",") if args.systems else [*UNTRAINED, *trained]
     for name in set(chosen) - {*UNTRAINED, *trained}:
         raise UserError(f"--systems {name}: no {args.work / name}.pt; there are {', '.join(sorted(trained))}")
-    return sorted(set(chosen), key=lambda name: ((*ORDER, system_of(name)).index(system_of(name)), name))
+    place = {name: at for at, name in enumerate(ORDER)}
+    return sorted(set(chosen), key=lambda name: (place.get(system_of(name), len(ORDER)), name))
 
 
 def system_of(checkpoint):
@@ -204,54 +199,43 @@ def of_task(rows, task):
 
 def answer(model, checkpoint, items, heard, args):
     """Greedy answers to N items, whose speech Whisper and the SpeechLM `heard`: N strings."""
-    prompts = field(items, "prompt")
-    if checkpoint == "text":
-        if "response" in items[0]:                        # y_ref, as 01 wrote it
-            return field(items, "response")
-        tokenizer, llm = common.load_llm(args.teacher, model.device)
-        end_id = common.chat_parts(tokenizer)[2]
-        embedded = common.text_prompts(tokenizer, llm, field(items, "text"), prompts)
-        replies = common.answer_all(llm, tokenizer, list(map(len, embedded)),
-                                    lambda chosen: [embedded[i] for i in chosen], end_id, args.max_new)
-    else:
+    if checkpoint != "text":
         model.load(args.work / f"{checkpoint}.pt" if checkpoint != "base" else "none")
-        replies = model.answer(heard, prompts, args.max_new)
-    return field(map(vars, replies), "text")
+        replies = model.answer(heard, field(items, "prompt"), args.max_new)
+    elif "response" in items[0]:                          # y_ref, as 01 wrote it
+        return field(items, "response")
+    else:
+        tokenizer, llm = common.load_llm(args.teacher, model.device)
+        prompts = [common.text_ids(tokenizer, item["text"], item["prompt"]) for item in items]
+        replies = common.answer_all(llm, tokenizer, list(map(len, prompts)),
+                                    lambda i: common.embed(llm, prompts[i]),
+                                    common.chat_parts(tokenizer)[2], args.max_new)
+    return [reply.text for reply in replies]
 
 
-def write_answers(model, path, checkpoint, items, heard, args):
-    """One checkpoint's answers under one condition, unless they stand in `path`: rows of an item, the answer,
-    how many words that has, what Whisper heard. What can't be heard has an empty answer."""
+def kept_answers(model, path, checkpoint, items, heard, args):
+    """One checkpoint's answers under one condition, kept in `path`: rows of an item, the answer, how many
+    words that has, what Whisper heard. What can't be heard, and is not in `heard`, has an empty answer."""
     weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
     key = [items, field(heard, "text"), args.student, args.teacher, args.max_new, common.fingerprint(weights)]
     key = common.digest(key)                              # of all that the answers depend on
-    if path.exists() and common.read_jsonl(path)[0]["key"] == key:
-        return
-    said, rows = iter(zip(answer(model, checkpoint, usable(items), heard, args), field(heard, "text"))), []
-    for item in items:
-        text, transcript = ("", "") if "unusable" in item else next(said)
-        rows.append(item | dict(answer=text, words=len(text.split()), transcript=transcript, key=key))
-    common.write_jsonl(path, rows)
+    if not path.exists() or common.read_jsonl(path)[0]["key"] != key:
+        said = answer(model, checkpoint, usable(items), heard, args)
+        answers, rows = iter(zip(said, field(heard, "text"))), []
+        for item in items:
+            text, transcript = ("", "") if "unusable" in item else next(answers)
+            rows.append(item | dict(answer=text, words=len(text.split()), transcript=transcript, key=key))
+        common.write_jsonl(path, rows)
+    return common.read_jsonl(path)
 
 
-def answers_of_all(model, checkpoints, folder, items, heard, args):
-    """Every checkpoint under every condition, shared among processes -> {condition: {checkpoint: rows}}.
-
-    heard: {condition: what was heard of the usable items}; folder: DIR/answers/NAME.
-    """
-    paths, by_condition = {}, {}
-    for condition in heard:
-        for checkpoint in checkpoints:
-            name = f"{checkpoint}.{condition.replace(':', '-')}.jsonl"
-            paths[condition, checkpoint] = folder / name
-    bar = tqdm(paths.items(), desc="answer", disable=common.rank() > 0)
-    for number, ((condition, checkpoint), path) in enumerate(bar):
-        if number % common.world() == common.rank():
-            write_answers(model, path, checkpoint, items, heard[condition], args)
-    common.barrier()
-    for (condition, checkpoint), path in paths.items():
-        by_condition.setdefault(condition, {})[checkpoint] = common.read_jsonl(path)
-    return by_condition
+def answers_of_all(model, checkpoints, folder, condition, items, heard, args):
+    """Every checkpoint's answers under one condition, shared among processes: {checkpoint: rows}. heard: of
+    the usable items; folder: DIR/answers/NAME."""
+    def answers_of(checkpoint):
+        path = folder / f"{checkpoint}.{condition.replace(':', '-')}.jsonl"
+        return [kept_answers(model, path, checkpoint, items, heard, args)]
+    return dict(zip(checkpoints, common.shared(checkpoints, answers_of, desc=f"answer {condition}")))
 
 
 # ------------------------------------------------------------------------------ bootstrap over instructions
@@ -276,8 +260,7 @@ def group_means(values, groups):
     return (sums / sizes)[:, 0]
 
 
-@dataclass
-class Measured:
+class Measured(NamedTuple):
     """A number of a table: its score, and the values (G,) of the instructions where it is their mean."""
     score: np.ndarray
     values: np.ndarray | None = None
@@ -316,7 +299,7 @@ def holm(p):
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
-def length_controlled(wins, lengths, other_lengths, counts, prior=(0.0, -1.6), weight=(0.01, 1.0)):
+def length_controlled(wins, lengths, other_lengths, counts):
     """Win rate in % at equal lengths, after AlpacaEval 2 (arXiv 2404.04475); not its official number [ours].
 
     Logistic regression of the preference on [1, tanh((len_other - len) / std)]; then the length term is left
@@ -327,7 +310,7 @@ def length_controlled(wins, lengths, other_lengths, counts, prior=(0.0, -1.6), w
     x = np.tanh(gap / gap.std()) if gap.std() > 1e-9 else np.zeros(len(gap))
     design = np.stack([np.ones(len(x)), x], 1)                                             # (N, 2)
     products = (design[:, :, None] * design[:, None]).reshape(-1, 4)                       # (N, 4)
-    prior, weight = np.array(prior), np.array(weight)
+    prior, weight = np.array([0.0, -1.6]), np.array([0.01, 1.0])   # the prior's mean and precision
     theta = np.tile(prior, (len(counts), 1))                                               # (R, 2)
     for _ in range(25):                                   # Newton's method, for all resamples at once
         p = 1 / (1 + np.exp(-theta @ design.T))                                            # (R, N)
@@ -512,54 +495,49 @@ def win_rates(rows, others, judge, vectors):
 
 
 # ------------------------------------------------------------------------------------ numbers of the tables
-@dataclass
-class Comparison:
-    """What every checkpoint answered under one condition, and all that comparing them needs."""
-    answers: dict                                         # {checkpoint: its rows}
-    systems: dict                                         # {system: its checkpoints, one a training seed}
-    judge: object                                         # or None: the closer answer to y_ref wins
-    vectors: dict                                         # {text: unit row}
-    train_voices: set                                     # empty where the set names no voices
+def compare(answers, alone, checkpoint, other, judge, vectors):
+    """One checkpoint against another: accuracy's difference and win rates, {Column: Measured}.
 
-    def __post_init__(self):
-        self.alone = {}                                   # {checkpoint: {Column: Measured}}
-        for checkpoint, rows in self.answers.items():
-            scores = measure(rows, self.vectors)
-            for voices in ("heard", "unheard") if self.train_voices else ():
-                heard = voices == "heard"
-                some = [row for row in rows if (row["voice"] in self.train_voices) == heard]
-                scores |= measure(some, self.vectors, voices)
-            self.alone[checkpoint] = scores
+    answers: {checkpoint: its rows}; alone: {checkpoint: its `measure`}; without a judge the answer closer to
+    y_ref wins.
+    """
+    found, own, its = {}, alone[checkpoint], alone[other]
+    if ACCURACY in own:
+        found[ACCURACY] = mean_of(own[ACCURACY].values - its[ACCURACY].values)
+    rows, others = of_task(answers[checkpoint], "instruct"), of_task(answers[other], "instruct")
+    y_ref = "text" in (checkpoint, other) and "response" in answers[other][0]     # it is closest to itself
+    if rows and (judge or (not y_ref and all(field(rows, "reference")))):
+        for rate, measured in win_rates(rows, others, judge, vectors).items():
+            found[Column("instruct", rate)] = measured
+    return found
 
-    def compare(self, checkpoint, system):
-        """Win rates and accuracy's difference against a system, its seeds' mean: {Column: Measured}."""
-        found, rows = defaultdict(list), of_task(self.answers[checkpoint], "instruct")
-        for other in self.systems[system]:
-            if ACCURACY in self.alone[other]:
-                own, its = self.alone[checkpoint][ACCURACY], self.alone[other][ACCURACY]
-                found[ACCURACY._replace(against=system)].append(mean_of(own.values - its.values))
-            y_ref = "text" in (checkpoint, other) and "response" in self.answers[other][0]
-            can_be_closer = not y_ref and all(field(rows, "reference"))    # y_ref is closest to itself
-            if rows and (self.judge or can_be_closer):
-                others = of_task(self.answers[other], "instruct")
-                for rate, measured in win_rates(rows, others, self.judge, self.vectors).items():
-                    found[Column("instruct", rate, system)].append(measured)
-        return {column: average(parts) for column, parts in found.items()}
 
-    def numbers(self):
-        """Rows of the tables and of the planned contrasts."""
-        numbers = word_error_rates(next(iter(self.answers.values())))
-        for system, checkpoints in self.systems.items():
-            seeds = []
-            for checkpoint in checkpoints:
-                scores = dict(self.alone[checkpoint])
-                for other in self.systems:
-                    if other != system and other in OPPONENTS or (system, other) in CONTRASTS:
-                        scores |= self.compare(checkpoint, other)
-                seeds.append(scores)
-            for column in seeds[0]:
-                numbers.append(number(system, column, [scores[column] for scores in seeds]))
-        return numbers
+def measure_alone(rows, vectors, train_voices):
+    """`measure` of one checkpoint's rows, then of those in voices that training heard, and in others."""
+    scores = measure(rows, vectors)
+    for voices in ("heard", "unheard") if train_voices else ():
+        some = [row for row in rows if (row["voice"] in train_voices) == (voices == "heard")]
+        scores |= measure(some, vectors, voices)
+    return scores
+
+
+def numbers_of(answers, systems, judge, vectors, train_voices):
+    """Rows of the tables and of the planned contrasts under one condition. answers: {checkpoint: its rows};
+    systems: {system: its checkpoints, one a training seed}; train_voices: none where the set names none."""
+    alone = {name: measure_alone(rows, vectors, train_voices) for name, rows in answers.items()}
+    numbers = word_error_rates(next(iter(answers.values())))
+    for system, checkpoints in systems.items():
+        seeds = [dict(alone[checkpoint]) for checkpoint in checkpoints]
+        for other, opponents in systems.items():
+            if (other not in OPPONENTS or other == system) and (system, other) not in CONTRASTS:
+                continue
+            for checkpoint, scores in zip(checkpoints, seeds):
+                parts = [compare(answers, alone, checkpoint, its, judge, vectors) for its in opponents]
+                for column in parts[0]:
+                    scores[column._replace(against=other)] = average([part[column] for part in parts])
+        for column in seeds[0]:
+            numbers.append(number(system, column, [scores[column] for scores in seeds]))
+    return numbers
 
 
 def number(system, column, parts):
@@ -723,13 +701,21 @@ def facts_of(args, items, systems, judge):
                 systems=list(systems), rows=[]) | common.environment()
 
 
+def load_judge(args, path, device):
+    """--judge, its verdicts kept in `path`, or None."""
+    if not args.judge:
+        return None
+    judge = ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device)
+    return KeptJudge(getattr(judge, "name", args.judge), judge, path)
+
+
 def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
         return report(read_results(args.draw), Path(args.draw))
     if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: what is shipped
         args.work = Path(__file__).resolve().with_name("assets")
-    checkpoints = choose_checkpoints(args)
+    checkpoints, systems = choose_checkpoints(args), {}
     if args.ask:
         return ask(args, checkpoints)
     conditions = args.conditions.split(",")
@@ -737,38 +723,31 @@ def main():
         common.parse_condition(condition)
     device = common.setup_processes()
     # ---- items
+    name, folder, window = "test", args.work / "data", args.window
     if args.data:
-        name, folder, items = read_set(args.data, args.language)
+        (name, folder, items), window, train_voices = read_set(args.data, args.language), 30.0, set()
     else:
-        name, folder, items = "test", args.work / "data", common.read_items(args.work, "test")
-    source, answers = args.work / "sets" / f"{name}.jsonl", args.work / "answers" / name
-    if common.rank() == 0:
-        common.write_jsonl(source, items)                 # as they were read
-    common.barrier()
+        items = common.read_items(args.work, "test")
+        train_voices = set(field(common.read_items(args.work, "train"), "voice"))
+    answers = args.work / "answers" / name
     # ---- models
-    judge = None
-    if args.judge and common.rank() == 0:
-        judge = ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device)
-        judge = KeptJudge(getattr(judge, "name", args.judge), judge, answers / "judged.jsonl")
-    model, systems = common.load_speechlm(vars(args), device), {}
+    judge = load_judge(args, answers / "judged.jsonl", device) if common.rank() == 0 else None
+    model = common.load_speechlm(vars(args), device)
     if "text" in checkpoints and getattr(args, "served", False) and "response" not in items[0]:
         checkpoints.remove("text")                        # [ours] a served teacher answers in 01 alone
     for checkpoint in checkpoints:
         systems.setdefault(system_of(checkpoint), []).append(checkpoint)
     # ---- hear and answer
-    heard, window = {}, 30.0 if args.data else args.window
+    by_condition = {}
     for condition in conditions:
-        heard[condition] = common.listen_to_split(model, args.work, source, usable(items), condition, window,
-                                                  folder)
-    by_condition = answers_of_all(model, checkpoints, answers, items, heard, args)
+        heard = common.listen_to_split(model, args.work, name, usable(items), condition, window, folder)
+        by_condition[condition] = answers_of_all(model, checkpoints, answers, condition, items, heard, args)
     if common.rank():
         return
     # ---- measure and report
-    vectors = embed_answers(by_condition, args.encoder)
-    train_voices = [] if args.data else field(common.read_items(args.work, "train"), "voice")
-    results = facts_of(args, items, systems, judge)
+    vectors, results = embed_answers(by_condition, args.encoder), facts_of(args, items, systems, judge)
     for condition, rows in by_condition.items():
-        for row in Comparison(rows, systems, judge, vectors, set(train_voices)).numbers():
+        for row in numbers_of(rows, systems, judge, vectors, train_voices):
             results["rows"].append(dict(condition=condition) | row)
     path = args.work / (f"results-{name}.json" if args.data else "results.json")
     common.write_json(path, results)

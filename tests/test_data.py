@@ -192,17 +192,17 @@ def test_each_process_writes_one_text_batch_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(synthesize, "load_teacher", lambda name, device: None)
     monkeypatch.setattr(synthesize, "answer_instructions", lambda *_: None)
     monkeypatch.setattr(common, "world", lambda: 2)
-    monkeypatch.setattr(common, "barrier", lambda: write_the_others())
+    monkeypatch.setattr(common, "gather", lambda mine: [*mine, the_others(*mine)])
 
     def write_instructions(teacher, task, batch, args):
         written.append(batch)
         return [dict(text=str(batch))]
 
-    def write_the_others():
-        for batch in (1, 3):
-            common.write_jsonl(synthesize.batch_path(args, "sqa", batch), [dict(text=str(batch))])
+    def the_others(rows):
+        return [dict(text=str(int(rows[0]["text"]) + 1))]
     monkeypatch.setattr(synthesize, "write_instructions", write_instructions)
-    texts = [synthesize.batch_rows("sqa", batch, args)[0]["text"] for batch in range(4)]
+    batches = synthesize.text_batches("sqa", args)
+    texts = [next(batches)[0]["text"] for _ in range(4)]
     assert texts == ["0", "1", "2", "3"] and written == [0, 2]
 
 

@@ -487,8 +487,8 @@ def sqa_rows(right):
 
 def numbers_of(answers, systems, judge=None, vectors=None, train_voices=()):
     """-> {(system, metric, against, voices): row}."""
-    condition = evaluate.Comparison(answers, systems, judge, vectors or {}, set(train_voices))
-    return {(row["system"], row["metric"], row["against"], row["voices"]): row for row in condition.numbers()}
+    numbers = evaluate.numbers_of(answers, systems, judge, vectors or {}, set(train_voices))
+    return {(row["system"], row["metric"], row["against"], row["voices"]): row for row in numbers}
 
 
 def test_seeds_are_one_row_and_a_paired_difference_is_tight():

@@ -36,7 +36,7 @@ def train(work, model, monkeypatch):
 
 def heard(work, model):
     items = common.read_items(work, "train")
-    return items, common.listen_to_split(model, work, work / "data" / "train.jsonl", items, window=12.0)
+    return items, common.listen_to_split(model, work, "train", items, window=12.0)
 
 
 def greedy(work, model, path):

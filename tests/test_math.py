@@ -157,7 +157,7 @@ def test_kd_asks_the_teacher_behind_the_opening_of_short_answers(groups, model):
     word, here by transformers' own float32 model."""
     item, said = common.read_items(groups, "train")[0], "It is Paris. So it's "
     items = [dict(item, opening=opening, response="Paris") for opening in ("", said)]
-    heard, teacher = [model.read(item["text"]) for item in items], sft.Teacher(model, "smollm2-135m")
+    heard, teacher = [model.read(item["text"]) for item in items], sft.load_teacher(model, "smollm2-135m")
     llm = AutoModelForCausalLM.from_pretrained(common.resolve("smollm2-135m"), dtype=torch.float32)
     before, after, _ = common.chat_parts(model.tokenizer, items[0]["prompt"])
     opening, paris = model.tokenizer([said, "Paris"]).input_ids
@@ -198,9 +198,10 @@ def test_token_batches_hold_all_within_the_limit():
 def test_learning_rate_and_batches():
     rates = [common.learning_rate(step, 40, 1e-3) for step in range(40)]
     assert rates[0] == pytest.approx(2.5e-4) and max(rates) < 1e-3 + 1e-12 and rates[-1] < 1e-5
-    seen = [i for step in range(7) for i in common.batch_at(14, 4, step, "seed")]
+    batches = common.batches(14, 4, 7, "seed")
+    seen = sum(batches, [])
     assert sorted(seen[:14]) == list(range(14)) and sorted(seen[14:28]) == list(range(14))
-    assert seen[:14] != seen[14:28] and common.batch_at(14, 4, 3, "seed") == seen[12:16]
+    assert seen[:14] != seen[14:28] and batches[3] == common.batches(14, 4, 9, "seed")[3] == seen[12:16]
 
 
 def test_what_processes_share_does_not_depend_on_their_number(monkeypatch):
@@ -229,8 +230,6 @@ def test_the_reward_of_s2tt_is_sentence_bleu_and_else_cosine():
     assert found[1] == pytest.approx(1, abs=1e-5) and found[2] < 0.5
     [chinese] = reward([dict(task="s2tt", language="Chinese", response="我今天去商店买东西")], ["我今天去商店买"])
     assert chinese > 0.5                                  # 0 in sacrebleu's default tokens: one word
-    with pytest.raises(common.UserError, match="--reward length"):
-        common.Reward(SimpleNamespace(reward="length"), "cpu")
 
 
 def test_the_samples_are_described_by_hand():
@@ -257,7 +256,7 @@ def test_an_update_backpropagates_eq_5(groups, monkeypatch):
     micro-batches change nothing. float32, as only order differs there."""
     monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
     model, items = common.SpeechLM(common.PRESETS["tiny"]), common.read_items(groups, "train")
-    heard = common.listen_to_split(model, groups, groups / "data" / "train.jsonl", items, window=12.0)
+    heard = common.listen_to_split(model, groups, "train", items, window=12.0)
     batch, samples = [[0, 1, 2, 3], [4], [0, 1, 2, 3]], {}
     for s, i in enumerate([0, 1, 2, 3, 4]):
         ids = model.answer_ids(("It is Paris.", "Lyon.", "I do not know it.", "France.", "Boil it.")[s])[:-1]

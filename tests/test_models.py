@@ -109,6 +109,12 @@ def answers_of(model):
     return [[model.answer_ids(text)] for text in texts]
 
 
+def text_prompts(model):
+    """Of the sentences and requests, as typed words: list of (T_i, d)."""
+    ids = [common.text_ids(model.tokenizer, *asked) for asked in zip(SENTENCES, REQUESTS)]
+    return [common.embed(model.llm, one) for one in ids]
+
+
 def changes(model):
     """log pi(y_t) with the adapter minus without, of each token: scored with and without gradient."""
     out = {}
@@ -117,7 +123,7 @@ def changes(model):
             parts = []
             for adapter in (True, False):
                 model.adapter.on = adapter
-                prompts = common.text_prompts(model.tokenizer, model.llm, SENTENCES, REQUESTS)
+                prompts = text_prompts(model)
                 if grad:
                     prompts = [prompt.requires_grad_() for prompt in prompts]
                 log_probs = common.token_log_probs(model.llm, prompts, answers_of(model))
@@ -203,7 +209,8 @@ def test_greedy_answers_are_the_original_models(student):
     before, after, _ = common.chat_parts(model.tokenizer)
     chats = [before + model.read(text)["ids"] + after for text in SENTENCES]
     prompts = [common.embed(model.llm, ids) for ids in chats]
-    for ids, [(answer, ended)] in zip(chats, common.sample(model.llm, prompts, model.end_id, 24)):
+    replies = common.sample(model.llm, prompts, model.end_id, 24, [[None]] * len(prompts))
+    for ids, [(answer, ended)] in zip(chats, replies):
         said = answer + [model.end_id] * ended
         with torch.inference_mode():
             log_p = original(torch.tensor([ids + said])).logits[0, len(ids) - 1:-1].log_softmax(-1)
@@ -215,7 +222,7 @@ def test_log_probabilities_are_the_original_models_loss(student):
     model, original = student
     table = original.get_input_embeddings()
     with torch.no_grad():
-        prompts = common.text_prompts(model.tokenizer, model.llm, SENTENCES, REQUESTS)
+        prompts = text_prompts(model)
         got = common.token_log_probs(model.llm, prompts, answers_of(model))
         for prompt, [y], lp in zip(prompts, answers_of(model), got):
             inputs = torch.cat([prompt, table(torch.tensor(y))])[None]
@@ -236,13 +243,14 @@ def test_gemmas_tokenizer_is_the_original():
 
 
 def test_text_llm_is_the_base_model_whatever_the_adapter(restored):
-    model, prompts = restored, common.text_prompts(restored.tokenizer, restored.llm, SENTENCES, REQUESTS)
+    model, prompts = restored, text_prompts(restored)
     with torch.no_grad():
         before = torch.cat(common.token_log_probs(model.llm, prompts, answers_of(model)))
         move(model)
         moved = torch.cat(common.token_log_probs(model.llm, prompts, answers_of(model)))
-        with model.as_text_llm() as llm:
-            after = torch.cat(common.token_log_probs(llm, prompts, answers_of(model)))
+        model.adapter.on = False
+        after = torch.cat(common.token_log_probs(model.llm, prompts, answers_of(model)))
+        model.adapter.on = True
     assert torch.equal(before, after) and (moved - before).abs().max() > 0.1
 
 
@@ -366,10 +374,11 @@ def test_attention_of_a_gpus_layout(toy, monkeypatch):
 
 def test_a_sample_does_not_depend_on_its_batch(toy):
     prompts = [common.embed(toy[1], ids) for ids in ([1, 2, 3, 0, 2], [3], [4, 4, 1])]
-    seeds, alone = [[10 * i + j for j in range(4)] for i in range(3)], []
+    seeds, alone = [[10 * i + j for j in range(4)] + [None] for i in range(3)], []        # the last greedy
     for prompt, own in zip(prompts, seeds):
         alone += common.sample(toy[1], [prompt], 4, 12, [own])
     assert common.sample(toy[1], prompts, 4, 12, seeds) == alone
+    assert common.sample(toy[1], prompts, 4, 12, [[None]] * 3) == [replies[-1:] for replies in alone]
     assert len({tuple(ids) for replies in alone for ids, _ in replies}) > 8
 
 
@@ -446,8 +455,6 @@ def test_a_wheel_with_another_checksum_leaves_nothing_behind(tmp_path, monkeypat
     assert os.listdir(tmp_path / "cache") == ["toy.lock"]
     good = hashlib.sha256(b"replaced").hexdigest()
     monkeypatch.setitem(common.EMBEDDED, "toy", (["toy==1"], {"data.bin": (["toy/data.bin"], good)}))
-    (tmp_path / "cache" / "toy").mkdir()                  # half-filled by a kill: fetched again
-    (tmp_path / "cache" / "toy" / "data.bin").write_bytes(b"half")
     with open(common.resolve("toy") + "/data.bin", "rb") as file:
         assert file.read() == b"replaced"
 
