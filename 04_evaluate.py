@@ -6,8 +6,7 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
 
 1. [paper] Instruction following: win rate (WR) and length-controlled win rate (LC) by GPT-4o, against base,
    text, sft. [ours] --judge: an LLM by URL, asked in both orders, or a reward model; else the answer closer
-   to y_ref wins, and LC, whose prior is a judge's taste for length, is left out. Spoken-Alpaca, the paper's
-   set out of domain, goes in by --data FILE.jsonl.
+   to y_ref wins, without LC. Spoken-Alpaca, the paper's set out of domain, goes in by --data FILE.jsonl.
 2. [paper] Spoken question answering: accuracy. [ours] An answer is right that holds a reference's words as
    one run, after Whisper's normalisation: the paper does not give its rule.
 3. [paper] Translation: corpus BLEU (sacrebleu as it is, its version in results.json); [ours] chrF beside it.
@@ -16,10 +15,9 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
    different instructions: who says one thing is consistent.
 5. [ours] Agreement with y_ref, unheard voices, planned contrasts with Holm's correction.
 
-Each number has a 95 % bootstrap interval over instructions (all voices of one together); a planned contrast
-has a sign-flip test over instructions, as a bootstrap's p is too small for few. Both ask what other
-instructions would say of these checkpoints; what another training seed would, its own numbers alone say.
-A *score* here is an array (1 + R,): the number, then that of each of R resamples, which all systems share.
+Each number has a 95 % bootstrap interval over instructions (all voices of one together), a planned contrast a
+sign-flip test over them, as a bootstrap's p is too small for few. Both ask what other instructions would say
+of these checkpoints; what other training would give, only further seeds' numbers say.
 
 Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.md, results.png.
 
@@ -261,7 +259,8 @@ def group_means(values, groups):
 
 
 class Measured(NamedTuple):
-    """A number of a table: its score, and the values (G,) of the instructions where it is their mean."""
+    """A number of a table: its score (1 + R,), the number and that of each of R resamples, which all systems
+    share; and the values (G,) of the instructions where it is their mean."""
     score: np.ndarray
     values: np.ndarray | None = None
 

@@ -719,10 +719,12 @@ CONDITIONS = {"noise": (white_noise, "DB"), "babble": (babble, "DB"), "reverb": 
 
 def parse_condition(condition):
     """"noise:5" -> ("noise", 5.0), "clean" -> ("clean", 0.0); UserError for another kind or no number."""
+    if condition == "clean":
+        return "clean", 0.0
     kind, _, amount = condition.partition(":")
-    if condition == "clean" or kind in CONDITIONS and re.fullmatch(r"-?\d+(\.\d+)?", amount):
+    if kind in CONDITIONS and re.fullmatch(r"-?\d+(\.\d+)?", amount):
         if kind != "reverb" or float(amount) > 0:
-            return kind, float(amount or 0)
+            return kind, float(amount)
     known = ", ".join(f"{name}:{unit}" for name, (_, unit) in CONDITIONS.items())
     raise UserError(f"condition {condition}: not clean, {known} (more than 0)")
 
@@ -875,13 +877,11 @@ class _Frozen(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + 2 B A x: W frozen in the LLM's own precision, A (r, in) and B (out, r) in float32, y in
-    float32.
+    """y = W x + 2 B A x: W frozen in the LLM's own precision; A (r, in), B (out, r) and y in float32.
 
     In bfloat16 a small B A x vanishes when it is added to W, or to a rounded W x [ours, measured]: so the two
-    products meet in float32 and the residual stream stays there, in every pass: sampling, learning,
-    reference, teacher and evaluation are this one function. On a CPU W is packed once in the layout that its
-    kernels read fastest. r = 0: W alone.
+    products meet in float32, in every pass: sampling, learning, reference, teacher and evaluation are this
+    one function. On a CPU W is packed once in the layout that its kernels read fastest. r = 0: W alone.
     """
 
     def __init__(self, linear, r, adapter):
@@ -1207,8 +1207,13 @@ def answer_states(llm, prompts, answers):
     answer.
 
     The answers to a prompt share one computation of it: a row is the prompt and then all of them, each at the
-    positions right behind the prompt, and an answer's tokens look at the prompt and at their own answer
-    alone. The LM head is left to the caller: it runs on these states only.
+    positions right behind the prompt, and looks at the prompt and at itself alone:
+
+        row       p p p  a a  b b b
+        owner     0 0 0  1 1  2 2 2
+        position  0 1 2  3 4  3 4 5
+
+    The LM head is left to the caller: it runs on these states only.
     """
     device, rows, owners, positions, places, lengths = prompts[0].device, [], [], [], [], []
     for n, (prompt, own) in enumerate(zip(prompts, answers)):
@@ -1268,6 +1273,23 @@ def draw(logits, uniform, temperature, top_p):
     return (token if order is None else order.gather(1, token))[:, 0]
 
 
+def _prefill(llm, prompts, max_new):
+    """Compute N prompts (T_i, d), padded on the left -> the last positions' hidden states (N, d), the cache,
+    which positions each may look at, as a bias (N, 1, 1, T + max_new), and their lengths (N,)."""
+    device, width = prompts[0].device, max(map(len, prompts))
+    sizes = torch.tensor([len(p) for p in prompts], device=device)
+    embeds = torch.stack([F.pad(p, (0, 0, width - len(p), 0)) for p in prompts])           # (N, T, d)
+    column = torch.arange(width + max_new, device=device)
+    real = column >= (width - sizes)[:, None]                                              # (N, T + max_new)
+    itself = torch.eye(width, dtype=torch.bool, device=device)   # padding sees itself: some kernels need one
+    sees = (real[:, None, None, :width] | itself).tril()                                   # (N, 1, T, T)
+    positions = (column[:width] - (width - sizes)[:, None]).clamp(min=0)                   # (N, T)
+    cache = transformers.DynamicCache()
+    hidden = llm.get_decoder()(inputs_embeds=embeds, attention_mask=_bias(sees), past_key_values=cache,
+                               use_cache=True, position_ids=positions).last_hidden_state   # (N, T, d)
+    return hidden[:, -1].to(device), cache, _bias(real[:, None, None]), sizes
+
+
 @torch.inference_mode()
 def sample(llm, prompts, end_id, max_new, seeds, temperature=1.0, top_p=1.0):
     """Continue N prompts, each len(seeds[i]) times: list of N (T_i, d) -> list of N lists of (ids, ended).
@@ -1279,34 +1301,23 @@ def sample(llm, prompts, end_id, max_new, seeds, temperature=1.0, top_p=1.0):
     ended leave the batch, and the LM head runs on the last position alone.
     """
     body, head, device = llm.get_decoder().eval(), llm.get_output_embeddings(), prompts[0].device
-    counts = [len(s) for s in seeds]
-    width, sizes = max(map(len, prompts)), torch.tensor([len(p) for p in prompts], device=device)
-    # ---- the prompts, padded on the left: real says which positions are none of the padding
-    embeds = torch.stack([F.pad(p, (0, 0, width - len(p), 0)) for p in prompts])           # (N, T, d)
-    at = torch.arange(width + max_new, device=device)
-    real = at >= (width - sizes)[:, None]                                                  # (N, T + max_new)
-    itself = torch.eye(width, dtype=torch.bool, device=device)   # padding sees itself: some kernels need one
-    sees = (real[:, None, None, :width] | itself).tril()                                      # (N, 1, T, T)
-    bias, cache = _bias(real[:, None, None]), transformers.DynamicCache()                  # (N, 1, 1, all)
-    positions = (at[:width] - (width - sizes)[:, None]).clamp(min=0)                       # (N, T)
-    hidden = body(inputs_embeds=embeds, attention_mask=_bias(sees), past_key_values=cache, use_cache=True,
-                  position_ids=positions).last_hidden_state[:, -1].to(device)              # (N, d)
-    # ---- each prompt's keys once for every sample
-    alive = torch.arange(sum(counts), device=device)                                   # the rows of the batch
-    owner = torch.repeat_interleave(torch.tensor(counts)).to(device)                       # (rows,)
+    hidden, cache, bias, sizes = _prefill(llm, prompts, max_new)
+    width, counts = max(map(len, prompts)), [len(own) for own in seeds]
+    owner = torch.repeat_interleave(torch.tensor(counts)).to(device)   # (rows,) whose prompt each continues
     cache.batch_select_indices(owner)
     hidden, bias, sizes = hidden[owner], bias[owner], sizes[owner]
     seeds = list(itertools.chain(*seeds))                                                  # of each row
     drawn = torch.tensor([seed is not None for seed in seeds], device=device)              # (rows,)
     generators = [torch.Generator().manual_seed(seed or 0) for seed in seeds]
     uniform = torch.stack([torch.rand(max_new, generator=g) for g in generators])          # (rows, max_new)
-    uniform = uniform.to(device)
-    out, ended = [[] for _ in alive], [False] * len(alive)
+    uniform, alive = uniform.to(device), torch.arange(len(seeds), device=device)   # alive: rows of the batch
+    out, ended = [[] for _ in seeds], [False] * len(seeds)
     for t in range(max_new):
         logits = head(hidden).to(device)                                                   # (alive, V)
-        token, own = logits.argmax(-1), drawn[alive]                                       # (alive,)
-        if own.any():
-            token[own] = draw(logits[own], uniform[alive[own], t], temperature, top_p)
+        token, random_ = logits.argmax(-1), drawn[alive]                                   # (alive,)
+        if random_.any():
+            uniforms = uniform[alive[random_], t]
+            token[random_] = draw(logits[random_], uniforms, temperature, top_p)
         for row, value in zip(alive.tolist(), token.tolist()):
             ended[row] = ended[row] or value == end_id
             if not ended[row]:
@@ -1443,10 +1454,9 @@ class HeldOut:
         return rows
 
     def measure(self, reference):
-        """Of pi_theta now: the reward of greedy answers and of ones sampled at temperature 1, log
-        pi_theta(y_ref), tokens of the greedy answers, and the KL to pi_ref (weights `reference`), log
-        pi_theta - log pi_ref of the samples; means over the utterances, the greedy reward also where the
-        words were heard right and where not, and every utterance's own, to pair with another step's."""
+        """Of pi_theta now, a row of the log: means over utterances, the greedy reward also where the words
+        were heard right and where not, and every utterance's own, to pair with another step's. kl: of samples
+        at T = 1 to the weights `reference`, pi_ref's; tokens: of greedy answers."""
         parts = [range(len(self.items))[at:at + 32] for at in range(0, len(self.items), 32)]
         rows = shared(parts, lambda part: self.measure_some(part, reference))
         out = {"held_out/rewards": [round(row["reward_greedy"], 4) for row in rows]}

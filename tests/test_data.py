@@ -1,6 +1,5 @@
 """Stage 1: its filters, draws and voices, and the data set it wrote."""
 import json
-import random
 import sys
 from types import SimpleNamespace
 
