@@ -124,10 +124,7 @@ class LocalTeacher:
 
     def answer(self, prompts, end_id, max_new):
         """N prompts of token ids, each continued greedily -> N (text, ended)."""
-        def embedded(i):
-            return common.embed(self.llm, prompts[i])                                      # (T_i, d)
-        lengths = list(map(len, prompts))
-        answers = common.answer_all(self.llm, self.tokenizer, lengths, embedded, end_id, max_new)
+        answers = common.answer_typed(self.llm, self.tokenizer, prompts, end_id, max_new)
         return [(answer.text, answer.ended) for answer in answers]
 
 

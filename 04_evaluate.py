@@ -205,9 +205,8 @@ def answer(model, checkpoint, items, heard, args):
     else:
         tokenizer, llm = common.load_llm(args.teacher, model.device)
         prompts = [common.text_ids(tokenizer, item["text"], item["prompt"]) for item in items]
-        replies = common.answer_all(llm, tokenizer, list(map(len, prompts)),
-                                    lambda i: common.embed(llm, prompts[i]),
-                                    common.chat_parts(tokenizer)[2], args.max_new)
+        end_id = common.chat_parts(tokenizer)[2]
+        replies = common.answer_typed(llm, tokenizer, prompts, end_id, args.max_new)
     return [reply.text for reply in replies]
 
 

@@ -675,12 +675,15 @@ def read_audio(path, offset=0.0, duration=None):
     """wav, flac, ogg or mp3 of any rate -> (samples,) float32 at 16 kHz, mono; of a long recording the
     `duration` seconds after `offset`. UserError for what is missing, undecodable, silent or over 30 s."""
     try:
-        rate = soundfile.info(path).samplerate
-        frames = -1 if duration is None else round(duration * rate)
-        samples, _ = soundfile.read(path, frames, round(offset * rate), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            file.seek(round(offset * rate))
+            longest = 30 * rate + 1                       # of hours, no more is read than tells so
+            frames = longest if duration is None else min(longest, round(duration * rate))
+            samples = file.read(frames, dtype="float32", always_2d=True)                 # (samples, channels)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
-    if len(samples) > 30 * rate:                                                         # (samples, channels)
+    if len(samples) > 30 * rate:
         raise UserError(f"{path}: longer than 30 s, which is all that can be read; cut it")
     if len(samples) < rate // 10 or not samples.std() > 1e-4:              # NaN fails too
         raise UserError(f"{path}: silent, broken or shorter than 0.1 s; record it again")
@@ -1361,6 +1364,12 @@ def answer_all(llm, tokenizer, lengths, prompt_of, end_id, max_new, seeds=None, 
         for i, [(ids, ended)] in zip(chosen, replies):
             answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, ended)
     return answers
+
+
+def answer_typed(llm, tokenizer, prompts, end_id, max_new):
+    """`answer_all` for prompts of token ids: N of them, each continued greedily -> N Answers."""
+    lengths = list(map(len, prompts))
+    return answer_all(llm, tokenizer, lengths, lambda i: embed(llm, prompts[i]), end_id, max_new)
 
 
 # --------------------------------------------------------------------------------------- rewards and training
