@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-TEST_SIZES = {"BATCH": 40, "SPEECH_GROUPS": 2, "SAMPLED": 2, "RESAMPLES": 1000}
+TEST_SIZES = {"BATCH": 32, "SPEECH_GROUPS": 2, "SAMPLED": 1, "RESAMPLES": 1000}
 
 
 def die_at(number):
@@ -45,7 +45,8 @@ def main():
     script, *flags = sys.argv[1:]
     sys.argv = [script, *flags]
     common, stage = importlib.import_module("common"), importlib.import_module(script.removesuffix(".py"))
-    common.PRESETS["tiny"] |= dict(voices_per_item=2, max_new=16, held_out=2, curve_points=1)
+    common.PRESETS["tiny"] |= dict(voices_per_item=2, max_new=24, held_out=2, curve_points=1,
+                                   voices="piper-joe,kokoro-jf_alpha", unheard_voices="kokoro-jf_nezumi")
     common.SAVE_EVERY = 2
     for name, size in TEST_SIZES.items():
         if hasattr(stage, name):
