@@ -188,35 +188,36 @@ def write_instructions(teacher, task, batch, args):
 
 
 @functools.cache
-def recordings(spec):
-    """--s2tt KIND:PATH -> its items: text, audio, language and, of a long recording, offset and duration."""
+def recordings(spec, seed):
+    """--s2tt KIND:PATH -> its items in an order of the seed's own: number in the set, text, audio, language
+    and, of a long recording, offset and duration."""
     kind, _, path = spec.partition(":")
     try:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         items = list(common.TRANSLATIONS[kind](Path(path)))
         if not items:
             raise ValueError("no rows")
-        return [item | dict(audio=str((folder / item["audio"]).resolve())) for item in items]
+        for number, item in enumerate(items):
+            item |= dict(number=number, audio=str((folder / item["audio"]).resolve()))
+        return random.Random(derive_seed(seed, "recordings")).sample(items, len(items))
     except Exception as error:                            # csv and yaml have errors of their own
         raise UserError(f"--s2tt {spec}: not as published ({type(error).__name__}: {str(error)[:100]}); give "
                         f"KIND:PATH, KIND one of {', '.join(common.TRANSLATIONS)}") from None
 
 
 def recorded_instructions(batch, args):
-    """As write_instructions, of the transcripts of recordings, in an order of the seed's own."""
-    items, rows = recordings(args.s2tt), []
-    order = random.Random(derive_seed(args.seed, "recordings")).sample(range(len(items)), len(items))
-    for number in order[batch * BATCH:(batch + 1) * BATCH]:
-        item, dropped = items[number], ""
+    """As write_instructions, of the transcripts of recordings; none behind the last of them."""
+    rows = []
+    for item in recordings(args.s2tt, args.seed)[batch * BATCH:(batch + 1) * BATCH]:
         recording = dict(path=item["audio"], offset=item.get("offset", 0.0), duration=item.get("duration"))
         try:
             seconds = len(common.read_audio(**recording)) / RATE
-            if seconds > args.max_seconds or not common.has_words(item["text"]):
-                dropped = "too long to hear"
+            dropped = first_failed({"speakable": common.has_words(item["text"]),
+                                    "too long to hear": seconds <= args.max_seconds})
         except UserError:                                 # gone, silent, over 30 s
             dropped = "no recording"
-        rows.append(dict(id=f"s2tt-{number:06d}", task="s2tt", text=item["text"], opening="", response="",
-                         recording=recording, dropped=dropped))
+        rows.append(dict(id=f"s2tt-{item['number']:06d}", task="s2tt", text=item["text"], opening="",
+                         response="", recording=recording, dropped=dropped))
     return rows
 
 
@@ -277,7 +278,8 @@ def write_texts(task, wanted, known, args):
     rows, kept, read, batches = [], 0, 0, text_batches(task, args)
     bar = tqdm(desc=f"write {task}", unit="group", total=wanted, disable=common.rank() > 0)
     while kept < wanted:
-        for row in next(batches):
+        batch = next(batches)
+        for row in batch:
             words = content_words(row["text"])
             if not row["dropped"] and words in known:
                 row["dropped"] = "duplicate"
@@ -287,13 +289,9 @@ def write_texts(task, wanted, known, args):
                 bar.update()
             rows.append(row)
         read += 1
-        recorded = task == "s2tt" and args.s2tt != "none"
-        if kept < wanted and recorded and len(rows) >= len(recordings(args.s2tt)):
-            raise UserError(f"--s2tt {args.s2tt}: {kept} different sentences can be used, {wanted} are asked "
-                            "for; ask for fewer")
-        if read > kept + 20:
-            raise UserError(f"{args.teacher}: {read} batches of {task} hold {kept} turns that pass all "
-                            "filters; choose another teacher, or no groups of that task")
+        if not batch or read > kept + 20:
+            raise UserError(f"{args.teacher}: {read} batches of {task} hold {kept} turns that can be used, "
+                            f"not {wanted}; give another teacher or --s2tt, or ask for fewer")
     bar.close()
     return rows
 
@@ -338,8 +336,7 @@ def utterances_of(row, split, voices, unheard, args):
             language=args.language if task == "s2tt" else "English",
             text=row["text"], prompt=common.REQUESTS[task].format(language=args.language),
             opening=row["opening"], response=row["response"], reference=[row["response"]],
-            audio=f"audio/{group}-{s}.wav", voice=voice, seed=derive_seed(args.seed, group, s),
-            teacher=args.teacher.rpartition("#")[2])      # the model, wherever a server stands
+            audio=f"audio/{group}-{s}.wav", voice=voice, seed=derive_seed(args.seed, group, s))
         item |= draw_delivery(item, args.train_conditions)
         if "recording" in row:
             item |= dict(recording=row["recording"], spoken=item["text"], speed=1.0, pitch=1.0)
@@ -460,24 +457,20 @@ def speak(items, threads=1):
     return waves
 
 
-def write_speech(items, asr, args):
-    """Speak a batch of utterances into its wav files and let Whisper listen to them; fills in the items."""
-    waves = speak(items, max(1, os.cpu_count() // common.world()))
+def spoken_batch(batch, groups, args):
+    """The utterances of a batch of groups, spoken into wav files and heard by Whisper once, and kept."""
+    path = batch_path(args, "speech", batch)
+    if path.exists():
+        return common.read_jsonl(path)
+    items = list(itertools.chain(*groups[batch * SPEECH_GROUPS:(batch + 1) * SPEECH_GROUPS]))
+    waves, asr = speak(items, max(1, os.cpu_count() // common.world())), load_asr(args.whisper, args.device)
     for item, wave, heard in zip(items, waves, common.listen(asr, waves, args.window)):
         errors, words = common.word_errors(item["text"], heard)
         item |= dict(seconds=round(len(wave) / RATE, 3), transcript=heard, wer=round(errors / words, 4))
         write = functools.partial(soundfile.write, data=wave.numpy(), samplerate=RATE, format="WAV")
         common.write_atomic(args.work / "data" / item["audio"], write)                    # 16 bits
-
-
-def spoken_batch(batch, groups, args):
-    """The utterances of a batch of groups as they were spoken, once, and kept."""
-    path = batch_path(args, "speech", batch)
-    if not path.exists():
-        items = list(itertools.chain(*groups[batch * SPEECH_GROUPS:(batch + 1) * SPEECH_GROUPS]))
-        write_speech(items, load_asr(args.whisper, args.device), args)
-        common.write_jsonl(path, items)                   # after its wavs: where it stands, they do
-    return common.read_jsonl(path)
+    common.write_jsonl(path, items)                       # after its wavs: where it stands, they do
+    return items
 
 
 # ------------------------------------------------------------------------------------ 5: splits and data card
@@ -553,7 +546,7 @@ def main():
     voices, unheard = read_voices(args)
     args.device, data = common.setup_processes(), args.work / "data"
     if args.s2tt != "none":
-        args.language = common.language_name(recordings(args.s2tt)[0]["language"])
+        args.language = common.language_name(recordings(args.s2tt, args.seed)[0]["language"])
     if not (data / "config.json").exists():               # what can't be loaded leaves no configuration
         load_teacher(args.teacher, args.device)
         load_asr(args.whisper, args.device)

@@ -25,13 +25,7 @@ import itertools
 
 import torch
 
-FLAGS = {"objective": dict(choices=("sft", "sft+", "kd"), help="this one alone"),
-         "init": dict(help="with --objective: checkpoint to start from, or none"),
-         "out": dict(help="with --objective: name of the result"),
-         "max-steps": dict(type=common.count, help="updates"),
-         "batch-size": dict(type=common.count, help="groups (instructions) an update"),
-         "micro-tokens": dict(type=common.count, help="tokens a forward pass; lower it when memory runs out"),
-         "lr": dict(type=float, help="peak learning rate")}
+FLAGS = {"objective": dict(choices=("sft", "sft+", "kd"), help="this one alone")} | common.TRAIN_FLAGS
 
 
 # ------------------------------------------------------------------------------------------------- objectives
@@ -83,13 +77,12 @@ def distillation(model, teacher, items, heard):
 
 
 # --------------------------------------------------------------------------------------------------- training
-def train(model, items, heard, run, args, loss_of, order):
+def train(model, items, heard, run, args, loss_of, batches):
     """Updates of `loss_of(items, heard)` (N,), averaged over the utterances of a batch of groups."""
     groups, answer_tokens, sizes = list(common.groups_of(items).values()), [], []
     for item, row in zip(items, heard):
         answer_tokens.append(len(model.answer_ids(item["response"])))
         sizes.append(common.PROMPT_TOKENS + len(row["ids"]) + len(item["response"]) // 4)
-    batches = common.batches(len(groups), args.batch_size, run.steps, args.seed, order)
     for step in run.updates():
         batch = list(itertools.chain(*(groups[g] for g in batches[step])))
         mine, total = sorted(batch[common.rank()::common.world()], key=sizes.__getitem__), 0.0
@@ -118,20 +111,20 @@ def main():
     model = common.load_speechlm(vars(args), device)
     heard = common.listen_to_split(model, args.work, "train", items, window=args.window)
     held_out = common.HeldOut(model, args, common.Reward(args, device))
-    sizes = {key: args.given[key] for key in ("batch_size", "lr") if key in args.given}
     for objective in objectives:
         first = objective == "sft"
         init = args.init or ("none" if first else args.work / "sft.pt")
         steps = args.max_steps or (args.sft_steps if first else args.rl_steps)
-        args.batch_size = sizes.get("batch_size", args.sft_batch if first else args.rl_batch)
-        rate = sizes.get("lr", args.lr if first else args.rl_lr)
+        size = args.batch_size or (args.sft_batch if first else args.rl_batch)
         loss_of = functools.partial(cross_entropy, model)
         if objective == "kd":
             loss_of = functools.partial(distillation, model, load_teacher(model, args.teacher))
-        run = common.Run(model, args, args.out or objective, init, steps, rate, held_out, objective=objective,
-                         batch_size=args.batch_size)
+        run = common.Run(model, args, args.out or objective, init, steps, held_out, objective=objective,
+                         batch_size=size)
+        order = "sft" if first else "groups"              # of sft+ and kd as of 03
+        batches = common.batches(len(common.groups_of(items)), size, steps, args.seed, order)
         if not run.done:
-            train(model, items, heard, run, args, loss_of, "sft" if first else "groups")
+            train(model, items, heard, run, args, loss_of, batches)
 
 
 if __name__ == "__main__":

@@ -42,62 +42,40 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
          "lambda-ce": dict(type=float, help="λ of Eq. 5"),
          "ce-reduction": dict(choices=("sum", "mean"), help="of L_CE over an answer's tokens; Eq. 1: sum"),
          "temperature": dict(type=float, help="T at which the samples are drawn"),
-         "reward": dict(choices=("semantic", "rm"), help="r of rba-group"),
-         "reward-model": dict(help="of --reward rm: directory or hub id"),
+         "reward": dict(metavar="semantic|MODEL", help="r of rba-group; a reward model: directory or hub id"),
          "reference": dict(choices=("init", "none"), default="init", help="none: V = pi_theta"),
          "rounds": dict(type=common.count, help="how often samples are drawn"),
          "control": dict(choices=("shuffled", "positive", "text"), default="none", help="what must not work "
-                         "as well: pairs by chance; no negative; the true words in the place of speech"),
-         "init": dict(help="checkpoint to start from (default DIR/sft.pt), or none"),
-         "out": dict(help="with --objective: name of the result"),
-         "max-steps": dict(type=common.count, help="updates"),
-         "batch-size": dict(type=common.count, help="groups (instructions) an update"),
-         "micro-tokens": dict(type=common.count, help="tokens a forward pass; lower it when memory runs out"),
-         "lr": dict(type=float, help="peak learning rate")}
+                         "as well: pairs by chance; no negative; the true words in the place of speech")
+         } | common.TRAIN_FLAGS
 SAMPLED = 32                                              # groups sampled, judged and written at once
+COPIED = ("id", "group", "task", "voice", "text", "response")   # of an item into its sample
 
 
 # --------------------------------------------------------------------------------- 1: samples, rewards, pairs
-def sample_and_score(model, reward, items, heard, seeds, args):
-    """One answer y^(s) ~ pi_ref to each of N utterances, its reward, and log pi_ref of y_ref and of y^(s): N
-    rows."""
-    answers = model.answer(heard, [item["prompt"] for item in items], args.max_new, seeds, args.temperature)
-    rewards = reward(items, [answer.text for answer in answers])
-    log_probs, rows = common.answer_log_probs(model, items, heard, answers), []
-    for i, (item, answer) in enumerate(zip(items, answers)):
-        row = {key: item[key] for key in ("id", "group", "task", "voice", "text", "response")}
-        row |= dict(heard=heard[i]["text"], answer=answer.text, ids=answer.ids, ended=answer.ended)
-        rows.append(row | dict(reward=rewards[i], logp_y_ref=log_probs[i][0], logp_answer=log_probs[i][1],
-                               role="", why=""))
-    return rows
-
-
 def decide_pairs(rows, objective, control, seed):
     """Write `role` into the rows of one group: positive, negative or, with `why`, neither. With the control
-    `shuffled` a coin decides which of a pair is which."""
-    coin = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"]))
+    `shuffled` chance decides: the group's rewards change places, or a coin tells y_ref from y^(s)."""
+    chance = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"]))
+    rewards, shuffled = [row["reward"] for row in rows], control == "shuffled"
     if objective == "rba-single" or len(rows) == 1:
-        single_roles(rows)
-        pairs = [[row] for row in rows if row["role"]]
+        single_roles(rows, chance if shuffled else None)
     else:
-        group_roles(rows)
-        pairs = [[row for row in rows if row["role"]]]
-    for pair in pairs:
-        if control == "shuffled" and coin.random() < 0.5:
-            for row in pair:
-                row["role"] = "positive" if row["role"] == "negative" else "negative"
+        group_roles(rows, chance.sample(rewards, len(rewards)) if shuffled else rewards)
 
 
-def single_roles(rows):
-    """Eq. 6: y^(s) is the negative, y_ref the positive, in every row."""
+def single_roles(rows, coin):
+    """Eq. 6: y^(s) is the negative, y_ref the positive, in every row; or as the coin, if any, falls."""
     for row in rows:
-        equal = row["answer"] == row["response"]
-        row |= dict(role="" if equal else "negative", why="equals y_ref" if equal else "")
+        row |= dict(role="negative", why="")
+        if row["answer"] == row["response"]:
+            row |= dict(role="", why="equals y_ref")
+        elif coin and coin.random() < 0.5:
+            row |= dict(role="positive", why="") if row["ended"] else dict(role="", why="no answer ended")
 
 
-def group_roles(rows):
+def group_roles(rows, rewards):
     """Eq. 2: s+ = argmax R, s- = argmin R."""
-    rewards = [row["reward"] for row in rows]
     complete = [s for s in range(len(rows)) if rows[s]["ended"]]
     best = max(complete, key=rewards.__getitem__, default=0)                               # s+
     worst = min(range(len(rows)), key=rewards.__getitem__)                                 # s-
@@ -116,48 +94,48 @@ def group_roles(rows):
             row |= dict(role="positive" if s == best else "negative", why="")
 
 
-def read_samples(path, round_, batches):
-    """Rows of samples/NAME.jsonl -> those of earlier rounds and of this one's whole batches (lists of ids of
-    utterances), numbers of the batches to be drawn: half a batch, as a kill leaves it, is drawn anew."""
-    held, todo = {}, []
-    for row in common.read_jsonl(path, torn=True) if path.exists() else ():
-        held[row["round"], row["id"]] = row
-    kept = [row for (earlier, _), row in held.items() if earlier < round_]
-    for number, ids in enumerate(batches):
-        if all((round_, id_) in held for id_ in ids):
-            kept += [held[round_, id_] for id_ in ids]
-        else:
-            todo.append(number)
-    common.barrier()                                      # all have read it
-    if common.rank() == 0:
-        common.write_jsonl(path, kept)
-    return kept, todo
-
-
-def judged_batch(model, reward, items, heard, groups, round_, args):
-    """Samples and roles of a batch of groups (lists of indices): rows."""
-    utterances, rows = list(itertools.chain(*groups)), []
-    some, sounds = [items[i] for i in utterances], [heard[i] for i in utterances]
-    seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in some]
-    scored = iter(sample_and_score(model, reward, some, sounds, seeds, args))
-    for group in groups:
-        of_group = [{"round": round_} | next(scored) for _ in group]
-        decide_pairs(of_group, args.objective, args.control, args.seed)
-        rows += of_group
+def judged_batch(model, reward, items, heard, round_, args):
+    """One answer y^(s) ~ pi_ref to each utterance of whole groups, its reward, log pi_ref of y_ref and of
+    y^(s), its role in a pair: rows."""
+    seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in items]
+    requests = [item["prompt"] for item in items]
+    answers = model.answer(heard, requests, args.max_new, seeds, args.temperature)
+    rewards = reward(items, [answer.text for answer in answers])
+    log_probs, rows = common.answer_log_probs(model, items, heard, answers), []
+    for i, (item, answer) in enumerate(zip(items, answers)):
+        row = {"round": round_} | {key: item[key] for key in COPIED}
+        row |= dict(heard=heard[i]["text"], answer=answer.text, ids=answer.ids, ended=answer.ended)
+        rows.append(row | dict(reward=rewards[i], logp_y_ref=log_probs[i][0], logp_answer=log_probs[i][1],
+                               role="", why=""))
+    for group in common.groups_of(rows).values():
+        decide_pairs([rows[i] for i in group], args.objective, args.control, args.seed)
     return rows
 
 
 def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
     """A round's samples of `groups` (lists of indices): {utterance id: row}, and a line each in the file.
-    They are drawn in batches of SAMPLED groups, one by each process at a time."""
+    Batches of SAMPLED groups, one by each process at a time, in order: the first of them are what a kill has
+    left, half a batch is drawn anew."""
     path, W = args.work / "samples" / f"{run.name}.jsonl", common.world()
+    held = common.read_jsonl(path, torn=True) if path.exists() else []
+    rows = [row for row in held if row["round"] < round_]
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
-    ids = [[items[i]["id"] for group in batch for i in group] for batch in batches]
-    rows, todo = read_samples(path, round_, ids)
-    bar = tqdm(range(0, len(todo), W), desc=f"sample {run.name}", leave=False, disable=common.rank() > 0)
-    for at in bar:
-        parts = [batches[number] for number in todo[at:at + W]]
-        new = common.shared(parts, lambda part: judged_batch(model, reward, items, heard, part, round_, args))
+    whole, done = len(rows), 0                            # rows, and batches of this round, that are there
+    while done < len(batches) and whole + sum(map(len, batches[done])) <= len(held):
+        whole += sum(map(len, batches[done]))
+        done += 1
+    rows = held[:whole]
+    common.barrier()                                      # all have read it
+    if common.rank() == 0:
+        common.write_jsonl(path, rows)
+
+    def judge(batch):
+        some = list(itertools.chain(*batch))
+        sounds = [heard[i] for i in some]
+        return judged_batch(model, reward, [items[i] for i in some], sounds, round_, args)
+    first = range(done, len(batches), W)
+    for at in tqdm(first, desc=f"sample {run.name}", leave=False, disable=common.rank() > 0):
+        new = common.shared(batches[at:at + W], judge)
         rows += new
         if common.rank() == 0:
             common.append_jsonl(path, new)
@@ -314,7 +292,7 @@ def main():
         raise UserError("--out is for one --objective; without it the names are fixed")
     device = common.setup_processes()
     args.max_steps, args.batch_size = args.max_steps or args.rl_steps, args.batch_size or args.rl_batch
-    rate, init = args.given.get("lr", args.rl_lr), args.init or args.work / "sft.pt"
+    init = args.init or args.work / "sft.pt"
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0")
     if args.rounds > args.max_steps:
@@ -328,10 +306,10 @@ def main():
     held_out = common.HeldOut(model, args, reward)
     for objective in [args.objective] if args.objective else ["rba-group", "rba-single"]:
         args.objective = objective
-        keys = ("objective", "beta", "lambda_ce", "ce_reduction", "temperature", "reward", "reward_model",
+        keys = ("objective", "beta", "lambda_ce", "ce_reduction", "temperature", "reward",
                 "reference", "rounds", "control", "batch_size", "max_new")
         name = args.out or objective + f"-{args.control}" * (args.control != "none")
-        run = common.Run(model, args, name, init, args.max_steps, rate, held_out,
+        run = common.Run(model, args, name, init, args.max_steps, held_out,
                          **{key: getattr(args, key) for key in keys})
         if not run.done:
             align(model, items, heard, reward, run, args)

@@ -210,9 +210,11 @@ def answer(model, checkpoint, items, heard, args):
     return [reply.text for reply in replies]
 
 
-def kept_answers(model, path, checkpoint, items, heard, args):
-    """One checkpoint's answers under one condition, kept in `path`: rows of an item, the answer, how many
-    words that has, what Whisper heard. What can't be heard, and is not in `heard`, has an empty answer."""
+def kept_answers(model, folder, condition, items, heard, args, checkpoint):
+    """One checkpoint's answers under one condition, kept in `folder`: a list of one list of rows: an item,
+    the answer, how many words that has, what Whisper heard. What can't be heard, and is not in `heard`, has
+    an empty answer."""
+    path = folder / f"{checkpoint}.{condition.replace(':', '-')}.jsonl"
     weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
     key = [items, field(heard, "text"), args.student, args.teacher, args.max_new, common.fingerprint(weights)]
     key = common.digest(key)                              # of all that the answers depend on
@@ -223,16 +225,7 @@ def kept_answers(model, path, checkpoint, items, heard, args):
             text, transcript = ("", "") if "unusable" in item else next(answers)
             rows.append(item | dict(answer=text, words=len(text.split()), transcript=transcript, key=key))
         common.write_jsonl(path, rows)
-    return common.read_jsonl(path)
-
-
-def answers_of_all(model, checkpoints, folder, condition, items, heard, args):
-    """Every checkpoint's answers under one condition, shared among processes: {checkpoint: rows}. heard: of
-    the usable items; folder: DIR/answers/NAME."""
-    def answers_of(checkpoint):
-        path = folder / f"{checkpoint}.{condition.replace(':', '-')}.jsonl"
-        return [kept_answers(model, path, checkpoint, items, heard, args)]
-    return dict(zip(checkpoints, common.shared(checkpoints, answers_of, desc=f"answer {condition}")))
+    return [common.read_jsonl(path)]
 
 
 # ------------------------------------------------------------------------------ bootstrap over instructions
@@ -396,11 +389,17 @@ def measure_instruct(rows, groups, vectors):
     return scores
 
 
-def measure(rows, vectors, voices="all"):
-    """One checkpoint's rows -> {Column: Measured} of all that needs no other system."""
-    scores = {}
-    for task, function in (("instruct", measure_instruct), ("sqa", measure_sqa), ("s2tt", measure_s2tt)):
-        chosen = of_task(rows, task)
+MEASURES = {"instruct": measure_instruct, "sqa": measure_sqa, "s2tt": measure_s2tt}
+
+
+def measure(rows, vectors, train_voices):
+    """One checkpoint's rows -> {Column: Measured} of all that needs no other system: of all of them, then of
+    those in voices that training heard, and in others."""
+    parts, scores = {"all": rows}, {}
+    for row in rows if train_voices else ():
+        parts.setdefault("heard" if row["voice"] in train_voices else "unheard", []).append(row)
+    for (voices, some), (task, function) in itertools.product(parts.items(), MEASURES.items()):
+        chosen = of_task(some, task)
         if chosen:
             for metric, score in function(chosen, field(chosen, "group"), vectors).items():
                 scores[Column(task, metric, voices=voices)] = score
@@ -450,8 +449,9 @@ class RewardJudge(common.RewardModel):
 class KeptJudge:
     """A judge whose verdicts are lines of a file: two answers are judged once, a kill loses one batch."""
 
-    def __init__(self, name, judge, path):
-        self.name, self.judge, self.path, self.verdicts = name, judge, path, {}
+    def __init__(self, name, device, path):
+        self.judge = ServedJudge(name) if common.is_url(name) else RewardJudge(name, device)
+        self.name, self.path, self.verdicts = getattr(self.judge, "name", name), path, {}
         lines = common.read_jsonl(path, torn=True) if path.exists() else []
         common.write_jsonl(path, lines)                   # without what a kill cut
         for line in lines:
@@ -510,19 +510,10 @@ def compare(answers, alone, checkpoint, other, judge, vectors):
     return found
 
 
-def measure_alone(rows, vectors, train_voices):
-    """`measure` of one checkpoint's rows, then of those in voices that training heard, and in others."""
-    scores = measure(rows, vectors)
-    for voices in ("heard", "unheard") if train_voices else ():
-        some = [row for row in rows if (row["voice"] in train_voices) == (voices == "heard")]
-        scores |= measure(some, vectors, voices)
-    return scores
-
-
 def numbers_of(answers, systems, judge, vectors, train_voices):
     """Rows of the tables and of the planned contrasts under one condition. answers: {checkpoint: its rows};
     systems: {system: its checkpoints, one a training seed}; train_voices: none where the set names none."""
-    alone = {name: measure_alone(rows, vectors, train_voices) for name, rows in answers.items()}
+    alone = {name: measure(rows, vectors, train_voices) for name, rows in answers.items()}
     numbers = word_error_rates(next(iter(answers.values())))
     for system, checkpoints in systems.items():
         seeds = [dict(alone[checkpoint]) for checkpoint in checkpoints]
@@ -699,19 +690,11 @@ def facts_of(args, items, systems, judge):
                 systems=list(systems), rows=[]) | common.environment()
 
 
-def load_judge(args, path, device):
-    """--judge, its verdicts kept in `path`, or None."""
-    if not args.judge:
-        return None
-    judge = ServedJudge(args.judge) if common.is_url(args.judge) else RewardJudge(args.judge, device)
-    return KeptJudge(getattr(judge, "name", args.judge), judge, path)
-
-
 def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
         return report(read_results(args.draw), Path(args.draw))
-    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: what is shipped
+    if args.ask and not args.work.exists():               # right after the installation: what is shipped
         args.work = Path(__file__).resolve().with_name("assets")
     checkpoints, systems = choose_checkpoints(args), {}
     if args.ask:
@@ -729,7 +712,9 @@ def main():
         train_voices = set(field(common.read_items(args.work, "train"), "voice"))
     answers = args.work / "answers" / name
     # ---- models
-    judge = load_judge(args, answers / "judged.jsonl", device) if common.rank() == 0 else None
+    judge = None
+    if args.judge and common.rank() == 0:
+        judge = KeptJudge(args.judge, device, answers / "judged.jsonl")
     model = common.load_speechlm(vars(args), device)
     if "text" in checkpoints and getattr(args, "served", False) and "response" not in items[0]:
         checkpoints.remove("text")                        # [ours] a served teacher answers in 01 alone
@@ -739,7 +724,9 @@ def main():
     by_condition = {}
     for condition in conditions:
         heard = common.listen_to_split(model, args.work, name, usable(items), condition, window, folder)
-        by_condition[condition] = answers_of_all(model, checkpoints, answers, condition, items, heard, args)
+        answers_of = functools.partial(kept_answers, model, answers, condition, items, heard, args)
+        rows = common.shared(checkpoints, answers_of, desc=f"answer {condition}")
+        by_condition[condition] = dict(zip(checkpoints, rows))
     if common.rank():
         return
     # ---- measure and report

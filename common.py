@@ -74,14 +74,14 @@ PROMPT_TOKENS = 40                                      # of a prompt without th
 # The held-out curve of a run has `curve_points` after its first, on `held_out` groups.
 _EMBEDDED = dict(
     teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
-    reward="semantic", reward_model="none", language="French",
+    reward="semantic", language="French",
     # 01
     s2tt="none",
     voices="piper-joe,kokoro-jf_alpha,kokoro-jf_tebukuro,kokoro-jm_kumo",
     unheard_voices="kokoro-jf_gongitsune,kokoro-jf_nezumi", voices_per_item=4, train_conditions="babble:4-14",
     instruction_tokens=32, top_p=0.9, max_new=48, max_seconds=9.0,
     # 02 and 03
-    lora_r=16, checkpointing=False, micro_tokens=2048, lr=1e-4, rl_lr=1e-4, beta=0.1, lambda_ce=0.2,
+    lora_r=16, checkpointing=False, micro_tokens=2048, lr=1e-4, beta=0.1, lambda_ce=0.2,
     ce_reduction="sum", temperature=0.7, rounds=1, curve_points=10,
     # 04
     conditions="clean,babble:8", encoder="wordllama")
@@ -97,7 +97,7 @@ PRESETS = {
         teacher="meta-llama/Llama-3.1-70B-Instruct", student="Qwen/Qwen2-Audio-7B-Instruct",
         whisper="large-v3", embedder="sentence-transformers/all-MiniLM-L6-v2", language="German",
         encoder="sentence-transformers/paraphrase-mpnet-base-v2",
-        reward="rm", reward_model="Skywork/Skywork-Reward-V2-Llama-3.1-8B",
+        reward="Skywork/Skywork-Reward-V2-Llama-3.1-8B",
         voices="en_US-libritts_r-medium.onnx#0-799", unheard_voices="en_US-libritts_r-medium.onnx#800-903",
         train_conditions="clean", instruction_tokens=96, top_p=0.99, max_new=256, max_seconds=30.0,
         checkpointing=True, temperature=1.0,
@@ -122,7 +122,7 @@ def count(text):
 
 
 def parse_args(doc, flags, argv=None):
-    """Preset + flags -> Namespace with every number of the run; `given` holds the flags that were given.
+    """Preset + flags -> Namespace with every number of the run.
 
     `flags`: {name: keyword arguments of add_argument}; one named like a preset key overrides it. Preset and
     teacher are those that the data in --work were made with. UserError for an unknown flag, preset or value.
@@ -145,9 +145,18 @@ def parse_args(doc, flags, argv=None):
             if given[key].rpartition("#")[2] != own[key]:
                 raise UserError(f"--{key} {given[key]}: the data in {args.work} were made with {own[key]}; "
                                 "use that, or another --work")
-    args = argparse.Namespace(**vars(args) | PRESETS[own["preset"]] | own | given, given=given)
+    args = argparse.Namespace(**vars(args) | PRESETS[own["preset"]] | own | given)
     args.window = min(30.0, args.max_seconds + 3)         # seconds Whisper gets: the speech, then silence
     return args
+
+
+TRAIN_FLAGS = {                                           # of 02 and 03
+    "init": dict(help="checkpoint to start from, or none"),
+    "out": dict(help="with --objective: name of the result"),
+    "max-steps": dict(type=count, help="updates"),
+    "batch-size": dict(type=count, help="groups (instructions) an update"),
+    "micro-tokens": dict(type=count, help="tokens a forward pass; lower it when memory runs out"),
+    "lr": dict(type=float, help="peak learning rate")}
 
 
 def run(main):
@@ -169,7 +178,7 @@ def run(main):
     except RuntimeError as error:                         # torch has no class of its own for a CPU's memory
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        print("error: out of memory; use a smaller --micro-tokens, or fewer processes", file=sys.stderr)
+        print("error: out of memory; use fewer processes or a smaller --micro-tokens", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
@@ -236,14 +245,12 @@ def read_jsonl(path, produced_by="", torn=False):
         raise UserError(f"{path}: missing" + f"; run {produced_by} first (same --work)" * bool(produced_by))
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1] if torn else lines, 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
-            if not isinstance(row, dict | None):
-                raise ValueError("no object")
-        except ValueError as error:                       # no JSON, or no UTF-8
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:          # no JSON, no UTF-8, no object
             raise UserError(f"{path}:{number}: no JSON object ({error}); mend or delete the line") from None
-        if row is not None:
-            rows.append(row)
     return rows
 
 
@@ -542,7 +549,6 @@ def _convert_whisper(folder):
         for projection, part in zip(projections, tensor.chunk(len(projections))):
             if (projection, suffix) != ("key", "bias"):   # Whisper's key projection has no bias
                 state[f"{block}.{kind}.{projection}.{suffix}"] = part
-    whisper.model.Whisper(whisper.model.ModelDimensions(**dims)).load_state_dict(state)   # every key, or not
     torch.save({"dims": dims, "model_state_dict": state}, folder / "model.pt")
     (folder / "model.bin").unlink()
 
@@ -675,19 +681,16 @@ def read_audio(path, offset=0.0, duration=None):
     """wav, flac, ogg or mp3 of any rate -> (samples,) float32 at 16 kHz, mono; of a long recording the
     `duration` seconds after `offset`. UserError for what is missing, undecodable, silent or over 30 s."""
     try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            file.seek(round(offset * rate))
-            longest = 30 * rate + 1                       # of hours, no more is read than tells so
-            frames = longest if duration is None else min(longest, round(duration * rate))
-            samples = file.read(frames, dtype="float32", always_2d=True)                 # (samples, channels)
+        rate = soundfile.info(path).samplerate
+        frames = round(min(duration or 31, 31) * rate)    # of hours, no more is read than tells so
+        samples, _ = soundfile.read(path, frames, round(offset * rate), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
     if len(samples) > 30 * rate:
         raise UserError(f"{path}: longer than 30 s, which is all that can be read; cut it")
     if len(samples) < rate // 10 or not samples.std() > 1e-4:              # NaN fails too
         raise UserError(f"{path}: silent, broken or shorter than 0.1 s; record it again")
-    return torchaudio.functional.resample(torch.from_numpy(samples).mean(1), rate, RATE)
+    return torchaudio.functional.resample(torch.from_numpy(samples).mean(1), rate, RATE)   # (samples,)
 
 
 def add_noise(wave, noise, snr):
@@ -858,11 +861,9 @@ def is_contained(words, text):
 def word_errors(text, transcript):
     """(edits, reference words) after Whisper's English normalisation; jiwer aligns."""
     import jiwer
-    reference, hypothesis = normalise(text), normalise(transcript)
-    if not reference:
-        return len(hypothesis.split()), 1
-    result = jiwer.process_words(reference, hypothesis or " ")
-    return result.substitutions + result.deletions + result.insertions, len(reference.split())
+    result = jiwer.process_words(normalise(text), normalise(transcript))
+    changed = result.substitutions + result.deletions
+    return changed + result.insertions, max(1, result.hits + changed)
 
 
 # ---------------------------------------------------------------------------- one function for every LLM here
@@ -1069,16 +1070,6 @@ class SpeechLM(nn.Module):
             for name, parameter in self.trainable().items():
                 parameter.copy_(state[name])
 
-    @contextlib.contextmanager
-    def with_state(self, state):
-        """The model with other weights, as pi_ref's, for a while."""
-        own = self.state()
-        self.set_state(state)
-        try:
-            yield
-        finally:
-            self.set_state(own)
-
     def load(self, path):
         """Load a checkpoint of `Run` ("none": untrained), return its facts; UserError: of another model."""
         held = {"state": self.initial, "config": self.config, "history": []}
@@ -1118,9 +1109,7 @@ class PublishedSpeechLM(SpeechLM):
         content = [{"type": "audio", "audio_url": "speech"}]
         content += [{"type": "text", "text": prompt}] * bool(prompt)
         chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        template = self.processor.chat_template
-        return self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False,
-                                                  add_generation_prompt=True)
+        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def speech_parts(self, prompt):
         parts = self._speech_prompt(prompt).split(self.processor.audio_token)
@@ -1184,13 +1173,11 @@ def listen_to_split(model, work, name, items, condition=None, window=30.0, folde
     sizes = [(folder / item["audio"]).stat().st_size for item in items]
     key = digest([items, sizes, model.config["whisper"], model.config["student"], condition, window])
     parts = [held / f"{at:06d}.pt" for at in range(0, len(items), size)]
-    bar = tqdm(parts, desc=f"listen to {name}", unit=f"x{size} utt", leave=False, disable=rank() > 0)
-    for number, path in enumerate(bar):
-        fresh = path.exists() and torch.load(path, weights_only=True, mmap=True)["key"] == key
-        if number % world() == rank() and not fresh:
-            waves = []
-            for i in range(number * size, min((number + 1) * size, len(items))):
-                waves.append(condition_wave(folder, items, i, condition))
+    mine = range(rank(), len(parts), world())
+    for number in tqdm(mine, f"listen to {name}", unit=f"x{size} utt", leave=False, disable=rank() > 0):
+        path, some = parts[number], range(len(items))[number * size:(number + 1) * size]
+        if not path.exists() or torch.load(path, weights_only=True, mmap=True)["key"] != key:
+            waves = [condition_wave(folder, items, i, condition) for i in some]
             write_torch(path, {"key": key, "heard": model.listen(waves, window)})
     barrier()
     for path in parts:
@@ -1379,16 +1366,14 @@ def bleu_tokenizer(language):
 
 
 class Reward:
-    """r of an answer y: `rm`, a reward model that reads x, p and y [paper: ArmoRM]; `semantic`, cosine of the
+    """r of an answer y: a reward model's, which reads x, p and y [paper: ArmoRM]; `semantic`: cosine of the
     sentence embeddings of y and y_ref [ours]; for s2tt sentence BLEU of y against y_ref, 0 to 1 [paper]."""
 
     def __init__(self, args, device):
-        if args.reward == "rm":
-            if args.reward_model == "none":
-                raise UserError("--reward rm: needs --reward-model, a directory or hub id")
-            self.judge = RewardModel(args.reward_model, device)
-        else:
+        if args.reward == "semantic":
             self.embedder, self.judge = Embedder(args.embedder, device), self.cosine
+        else:
+            self.judge = RewardModel(args.reward, device)
 
     def cosine(self, items, answers):
         theirs = self.embedder(answers)                                                    # (N, d)
@@ -1450,9 +1435,10 @@ class HeldOut:
         seeds = [derive_seed("held out", item["id"]) for item in items]
         answers = model.answer(heard * 2, prompts * 2, self.max_new, [None] * len(some) + seeds)
         greedy, sampled = answers[:len(some)], answers[len(some):]
-        log_probs = answer_log_probs(model, items, heard, sampled)
-        with model.with_state(reference):
-            before = answer_log_probs(model, items, heard, sampled)
+        log_probs, trained = answer_log_probs(model, items, heard, sampled), model.state()
+        model.set_state(reference)
+        before = answer_log_probs(model, items, heard, sampled)
+        model.set_state(trained)
         rewards = [self.reward(items, [answer.text for answer in answers]) for answers in (greedy, sampled)]
         rows = []
         for i, item in enumerate(items):
@@ -1500,12 +1486,12 @@ class Run:
     could lose.
     """
 
-    def __init__(self, model, args, name, init, steps, lr, held_out, **facts):
-        self.model, self.name, self.steps, self.lr, self.held_out = model, name, steps, lr, held_out
+    def __init__(self, model, args, name, init, steps, held_out, **facts):
+        self.model, self.name, self.steps, self.lr, self.held_out = model, name, steps, args.lr, held_out
         self.path, self.log = args.work / f"{name}.pt", args.work / "logs" / f"{name}.jsonl"
         self.resume, self.step, self.rows = args.work / f"{name}.resume.pt", 0, []
         self.points = args.curve_points
-        facts |= dict(init=fingerprint(init), steps=steps, lr=lr, seed=args.seed,
+        facts |= dict(init=fingerprint(init), steps=steps, lr=args.lr, seed=args.seed,
                       data=fingerprint(args.work / "data" / "train.jsonl"))
         parent = model.load(init)
         self.history, self.reference = [*parent["history"], facts], model.state()

@@ -244,7 +244,7 @@ def test_s2tt_on_recordings(name, language, tmp_path, waves, monkeypatch):
             SENTENCES.index(item["text"].strip('"'))]
         assert item["voice"] == "recording" and abs(len(wave) - len(whole)) <= 2400
     with pytest.raises(common.UserError, match="--s2tt covost2:x: not as published"):
-        synthesize.recordings("covost2:x")
+        synthesize.recordings("covost2:x", 0)
 
 
 def test_recordings_that_cannot_be_used(tmp_path, waves):
@@ -252,7 +252,7 @@ def test_recordings_that_cannot_be_used(tmp_path, waves):
     path, table = tmp_path / "covost_v2.zh_en.train.tsv", "path\tsentence\ttranslation\tclient_id\n"
     path.write_text(table)
     with pytest.raises(common.UserError, match="not as published"):
-        synthesize.recordings(f"covost2:{path}")
+        synthesize.recordings(f"covost2:{path}", 0)
     (tmp_path / "clips").mkdir()
     path = path.with_name("covost_v2.zh-CN_en.train.tsv")
     for n, (text, wave) in enumerate((("我去商店", waves[2]), ("你好吗", 0 * waves[2]), ("再见", waves[2][:0]),

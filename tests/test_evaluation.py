@@ -293,7 +293,7 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
     path = tmp_path / "judged.jsonl"
     path.write_text('{"key": "other", "prefers": 0.25}\n{"key": "k')   # another pair's, and what a kill cut
     for _ in range(2):                                    # the second time nobody is asked
-        judge = evaluate.KeptJudge(url, evaluate.ServedJudge(url), path)
+        judge = evaluate.KeptJudge(url, "cpu", path)
         assert judge(OWN, OTHER) == [1.0, 0.0, 0.5]
         assert len(asked) == 4                            # of equal answers nobody is asked either
     assert {name for name, _ in asked} == {"the-longer-one"}

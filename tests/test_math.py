@@ -1,6 +1,7 @@
 """Losses, pairs and schedules against independent computations: float64, brute force, enumeration."""
 import math
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,16 +92,23 @@ def test_single_pairs_are_y_ref_against_the_own_answer():
 
 
 def test_shuffled_pairs_have_no_direction():
-    best = single = 0
-    for seed in range(400):
-        rows = rows_of("abcd", [.1, .9, .3, .2])
+    """Every answer that ended is as often the positive, every answer the negative; the cut one never is the
+    positive, as without the control: what is left out is the reward alone."""
+    positive, negative, single = Counter(), Counter(), 0
+    for seed in range(600):
+        rows = rows_of("abcd", [.1, .9, .3, .2], [True, False, True, True])
         rba.decide_pairs(rows, "rba-group", "shuffled", seed)
-        best += rows[1]["role"] == "positive"
-        assert {row["role"] for row in rows[:2]} == {"positive", "negative"}
-        [row] = rows_of("a", [0.0])
-        rba.decide_pairs([row], "rba-single", "shuffled", seed)
-        single += row["role"] == "positive"
-    assert 160 < best < 240 and 160 < single < 240        # a half
+        assert [row["reward"] for row in rows] == [.1, .9, .3, .2]
+        for s, row in enumerate(rows):
+            positive[s] += row["role"] == "positive"
+            negative[s] += row["role"] == "negative"
+        whole, cut = *rows_of("a", [0.0]), *rows_of("a", [0.0], [False])
+        rba.decide_pairs([whole], "rba-single", "shuffled", seed)
+        rba.decide_pairs([cut], "rba-single", "shuffled", seed)
+        single += whole["role"] == "positive"
+        assert cut["role"] != "positive"
+    assert positive[1] == 0 and 240 < single < 360        # a half
+    assert all(160 < positive[s] < 240 for s in (0, 2, 3)) and all(100 < negative[s] < 200 for s in range(4))
 
 
 @pytest.mark.parametrize("control", ["none", "positive"])
