@@ -682,8 +682,9 @@ def read_audio(path, offset=0.0, duration=None):
     `duration` seconds after `offset`. UserError for what is missing, undecodable, silent or over 30 s."""
     try:
         rate = soundfile.info(path).samplerate
-        frames = round(min(duration or 31, 31) * rate)    # of hours, no more is read than tells so
-        samples, _ = soundfile.read(path, frames, round(offset * rate), dtype="float32", always_2d=True)
+        seconds = 31 if duration is None else min(duration, 31)       # of hours, no more than tells so
+        frames, start = round(seconds * rate), round(offset * rate)
+        samples, _ = soundfile.read(path, frames, start, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no readable audio ({error}); wav, flac, ogg and mp3 can be read") from None
     if len(samples) > 30 * rate:

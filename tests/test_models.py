@@ -102,6 +102,17 @@ def test_files_that_are_no_audio_are_refused(tmp_path):
             common.read_audio(tmp_path / name)
 
 
+def test_a_segment_is_read_of_a_long_recording(tmp_path):
+    """Its own samples alone; one of no length, or behind the end, is refused."""
+    wave = np.random.default_rng(0).normal(0, .1, 16000 * 40).astype(np.float32)
+    soundfile.write(tmp_path / "long.wav", wave, 16000, "FLOAT")
+    segment = common.read_audio(tmp_path / "long.wav", 35.0, 1.5)
+    assert torch.equal(segment, torch.from_numpy(wave[35 * 16000:][:24000]))
+    for offset, duration in ((35.0, 0.0), (41.0, 1.0)):
+        with pytest.raises(common.UserError, match="shorter than 0.1 s"):
+            common.read_audio(tmp_path / "long.wav", offset, duration)
+
+
 # --------------------------------------------------------------------------------- one function for every LLM
 def answers_of(model):
     texts = ("The capital of France is Paris.", "Use salt and a hot oven for it.", "Je vais au magasin.",
