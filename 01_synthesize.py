@@ -290,8 +290,8 @@ def write_texts(task, wanted, known, args):
             rows.append(row)
         read += 1
         if not batch or read > kept + 20:
-            raise UserError(f"{args.teacher}: {read} batches of {task} hold {kept} turns that can be used, "
-                            f"not {wanted}; give another teacher or --s2tt, or ask for fewer")
+            raise UserError(f"{task}: {read} batches hold {kept} turns that can be used, not {wanted}; give "
+                            "another --teacher or --s2tt, or ask for fewer")
     bar.close()
     return rows
 

@@ -70,8 +70,10 @@ def single_roles(rows, coin):
         row |= dict(role="negative", why="")
         if row["answer"] == row["response"]:
             row |= dict(role="", why="equals y_ref")
+        elif coin and not row["ended"]:                   # it could be the negative alone
+            row |= dict(role="", why="no answer ended")
         elif coin and coin.random() < 0.5:
-            row |= dict(role="positive", why="") if row["ended"] else dict(role="", why="no answer ended")
+            row["role"] = "positive"
 
 
 def group_roles(rows, rewards):

@@ -694,8 +694,8 @@ def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
         return report(read_results(args.draw), Path(args.draw))
-    if args.ask and not args.work.exists():               # right after the installation: what is shipped
-        args.work = Path(__file__).resolve().with_name("assets")
+    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: what is shipped
+        vars(args).update(common.PRESETS["tiny"], work=Path(__file__).resolve().with_name("assets"))
     checkpoints, systems = choose_checkpoints(args), {}
     if args.ask:
         return ask(args, checkpoints)

@@ -151,7 +151,7 @@ def parse_args(doc, flags, argv=None):
 
 
 TRAIN_FLAGS = {                                           # of 02 and 03
-    "init": dict(help="checkpoint to start from, or none"),
+    "init": dict(help="checkpoint to start from, or none (02: with --objective)"),
     "out": dict(help="with --objective: name of the result"),
     "max-steps": dict(type=count, help="updates"),
     "batch-size": dict(type=count, help="groups (instructions) an update"),
@@ -248,7 +248,7 @@ def read_jsonl(path, produced_by="", torn=False):
         if not line.strip():
             continue
         try:
-            rows.append(dict(json.loads(line)))
+            rows.append({**json.loads(line)})
         except (ValueError, TypeError) as error:          # no JSON, no UTF-8, no object
             raise UserError(f"{path}:{number}: no JSON object ({error}); mend or delete the line") from None
     return rows
@@ -1110,7 +1110,8 @@ class PublishedSpeechLM(SpeechLM):
         content = [{"type": "audio", "audio_url": "speech"}]
         content += [{"type": "text", "text": prompt}] * bool(prompt)
         chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        template = self.processor.chat_template or self.tokenizer.chat_template
+        return self.processor.apply_chat_template(chat, template, tokenize=False, add_generation_prompt=True)
 
     def speech_parts(self, prompt):
         parts = self._speech_prompt(prompt).split(self.processor.audio_token)

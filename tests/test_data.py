@@ -174,7 +174,7 @@ def test_text_batches_are_kept_and_a_hopeless_teacher_is_given_up(good, tmp_path
     monkeypatch.setattr(synthesize, "write_instructions", write_instructions)
     monkeypatch.setattr(synthesize, "answer_instructions", lambda *_: None)
     if not good:
-        with pytest.raises(common.UserError, match="gpt2: 21 batches of sqa hold 0 turns"):
+        with pytest.raises(common.UserError, match="sqa: 21 batches hold 0 turns"):
             synthesize.write_texts("sqa", 5, set(), args)
         return
     for wanted in (5, 5, 7):                              # two good rows and a duplicate in each batch
