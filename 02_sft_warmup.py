@@ -121,9 +121,9 @@ def main():
             loss_of = functools.partial(distillation, model, load_teacher(model, args.teacher))
         run = common.Run(model, args, args.out or objective, init, steps, held_out, objective=objective,
                          batch_size=size)
-        order = "sft" if first else "groups"              # of sft+ and kd as of 03
-        batches = common.batches(len(common.groups_of(items)), size, steps, args.seed, order)
         if not run.done:
+            order = "sft" if first else "groups"          # of sft+ and kd as of 03
+            batches = common.batches(len(common.groups_of(items)), size, steps, args.seed, order)
             train(model, items, heard, run, args, loss_of, batches)
 
 

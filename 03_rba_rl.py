@@ -96,9 +96,11 @@ def group_roles(rows, rewards):
             row |= dict(role="positive" if s == best else "negative", why="")
 
 
-def judged_batch(model, reward, items, heard, round_, args):
-    """One answer y^(s) ~ pi_ref to each utterance of whole groups, its reward, log pi_ref of y_ref and of
-    y^(s), its role in a pair: rows."""
+def judged_batch(model, reward, items, heard, groups, round_, args):
+    """One answer y^(s) ~ pi_ref to each utterance of `groups` (lists of indices), its reward, log pi_ref of
+    y_ref and of y^(s), its role in a pair: rows."""
+    utterances = list(itertools.chain(*groups))
+    items, heard = [items[i] for i in utterances], [heard[i] for i in utterances]
     seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in items]
     requests = [item["prompt"] for item in items]
     answers = model.answer(heard, requests, args.max_new, seeds, args.temperature)
@@ -120,24 +122,21 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
     left, half a batch is drawn anew."""
     path, W = args.work / "samples" / f"{run.name}.jsonl", common.world()
     held = common.read_jsonl(path, torn=True) if path.exists() else []
-    rows = [row for row in held if row["round"] < round_]
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
-    whole, done = len(rows), 0                            # rows, and batches of this round, that are there
-    while done < len(batches) and whole + sum(map(len, batches[done])) <= len(held):
-        whole += sum(map(len, batches[done]))
-        done += 1
+    whole, done = sum(row["round"] < round_ for row in held), 0     # rows, and of this round batches, to keep
+    for batch in batches:
+        size = sum(map(len, batch))
+        if whole + size > len(held):
+            break
+        whole, done = whole + size, done + 1
     rows = held[:whole]
     common.barrier()                                      # all have read it
     if common.rank() == 0:
         common.write_jsonl(path, rows)
-
-    def judge(batch):
-        some = list(itertools.chain(*batch))
-        sounds = [heard[i] for i in some]
-        return judged_batch(model, reward, [items[i] for i in some], sounds, round_, args)
-    first = range(done, len(batches), W)
-    for at in tqdm(first, desc=f"sample {run.name}", leave=False, disable=common.rank() > 0):
-        new = common.shared(batches[at:at + W], judge)
+    starts = range(done, len(batches), W)
+    for at in tqdm(starts, desc=f"sample {run.name}", leave=False, disable=common.rank() > 0):
+        parts = batches[at:at + W]
+        new = common.shared(parts, lambda part: judged_batch(model, reward, items, heard, part, round_, args))
         rows += new
         if common.rank() == 0:
             common.append_jsonl(path, new)

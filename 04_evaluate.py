@@ -210,10 +210,9 @@ def answer(model, checkpoint, items, heard, args):
     return [reply.text for reply in replies]
 
 
-def kept_answers(model, folder, condition, items, heard, args, checkpoint):
-    """One checkpoint's answers under one condition, kept in `folder`: a list of one list of rows: an item,
-    the answer, how many words that has, what Whisper heard. What can't be heard, and is not in `heard`, has
-    an empty answer."""
+def kept_answers(model, checkpoint, folder, condition, items, heard, args):
+    """One checkpoint's answers under one condition, kept in `folder`: rows of an item, the answer, how many
+    words that has, what Whisper heard. What can't be heard, and is not in `heard`, has an empty answer."""
     path = folder / f"{checkpoint}.{condition.replace(':', '-')}.jsonl"
     weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
     key = [items, field(heard, "text"), args.student, args.teacher, args.max_new, common.fingerprint(weights)]
@@ -225,7 +224,7 @@ def kept_answers(model, folder, condition, items, heard, args, checkpoint):
             text, transcript = ("", "") if "unusable" in item else next(answers)
             rows.append(item | dict(answer=text, words=len(text.split()), transcript=transcript, key=key))
         common.write_jsonl(path, rows)
-    return [common.read_jsonl(path)]
+    return common.read_jsonl(path)
 
 
 # ------------------------------------------------------------------------------ bootstrap over instructions
@@ -724,7 +723,8 @@ def main():
     by_condition = {}
     for condition in conditions:
         heard = common.listen_to_split(model, args.work, name, usable(items), condition, window, folder)
-        answers_of = functools.partial(kept_answers, model, answers, condition, items, heard, args)
+        def answers_of(checkpoint):
+            return [kept_answers(model, checkpoint, answers, condition, items, heard, args)]
         rows = common.shared(checkpoints, answers_of, desc=f"answer {condition}")
         by_condition[condition] = dict(zip(checkpoints, rows))
     if common.rank():

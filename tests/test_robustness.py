@@ -11,8 +11,7 @@ from conftest import die, log_of, run_stage, stage
 
 import common
 
-TRAIN = ("--max-steps", 4, "--batch-size", 2)
-SFT = ("--objective", "sft", *TRAIN)
+SFT = ("--objective", "sft", "--max-steps", 4, "--batch-size", 2)
 GROUP = ("--objective", "rba-group", "--init", "none", "--rounds", 2, "--max-steps", 2, "--batch-size", 2)
 
 
