@@ -56,6 +56,8 @@ COPIED = ("id", "group", "task", "voice", "text", "response")   # of an item int
 def decide_pairs(rows, objective, control, seed):
     """Write `role` into the rows of one group: positive, negative or, with `why`, neither. With the control
     `shuffled` chance decides: the group's rewards change places, or a coin tells y_ref from y^(s)."""
+    for row in rows:
+        row |= dict(role="", why="")
     chance = random.Random(common.derive_seed(seed, rows[0]["round"], rows[0]["group"]))
     rewards, shuffled = [row["reward"] for row in rows], control == "shuffled"
     if objective == "rba-single" or len(rows) == 1:
@@ -96,11 +98,9 @@ def group_roles(rows, rewards):
             row |= dict(role="positive" if s == best else "negative", why="")
 
 
-def judged_batch(model, reward, items, heard, groups, round_, args):
-    """One answer y^(s) ~ pi_ref to each utterance of `groups` (lists of indices), its reward, log pi_ref of
-    y_ref and of y^(s), its role in a pair: rows."""
-    utterances = list(itertools.chain(*groups))
-    items, heard = [items[i] for i in utterances], [heard[i] for i in utterances]
+def judged(model, reward, items, heard, round_, args):
+    """One answer y^(s) ~ pi_ref to each of N utterances, its reward, log pi_ref of y_ref and of y^(s): N
+    rows."""
     seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in items]
     requests = [item["prompt"] for item in items]
     answers = model.answer(heard, requests, args.max_new, seeds, args.temperature)
@@ -109,17 +109,25 @@ def judged_batch(model, reward, items, heard, groups, round_, args):
     for i, (item, answer) in enumerate(zip(items, answers)):
         row = {"round": round_} | {key: item[key] for key in COPIED}
         row |= dict(heard=heard[i]["text"], answer=answer.text, ids=answer.ids, ended=answer.ended)
-        rows.append(row | dict(reward=rewards[i], logp_y_ref=log_probs[i][0], logp_answer=log_probs[i][1],
-                               role="", why=""))
-    for group in common.groups_of(rows).values():
-        decide_pairs([rows[i] for i in group], args.objective, args.control, args.seed)
+        rows.append(row | dict(reward=rewards[i], logp_y_ref=log_probs[i][0], logp_answer=log_probs[i][1]))
     return rows
 
 
-def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
+def sample_and_judge(model, reward, items, heard, groups, round_, run, args, drawn):
     """A round's samples of `groups` (lists of indices): {utterance id: row}, and a line each in the file.
     Batches of SAMPLED groups, one by each process at a time, in order: the first of them are what a kill has
-    left, half a batch is drawn anew."""
+    left, half a batch is drawn anew. drawn: this round's rows by id, where the other objective had them of
+    the same pi_ref."""
+    def paired(part):
+        utterances = list(itertools.chain(*part))
+        some = [items[i] for i in utterances]
+        if all(item["id"] in drawn for item in some):
+            rows = [dict(drawn[item["id"]]) for item in some]
+        else:
+            rows = judged(model, reward, some, [heard[i] for i in utterances], round_, args)
+        for group in common.groups_of(rows).values():
+            decide_pairs([rows[i] for i in group], args.objective, args.control, args.seed)
+        return rows
     path, W = args.work / "samples" / f"{run.name}.jsonl", common.world()
     held = common.read_jsonl(path, torn=True) if path.exists() else []
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
@@ -136,7 +144,7 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args):
     starts = range(done, len(batches), W)
     for at in tqdm(starts, desc=f"sample {run.name}", leave=False, disable=common.rank() > 0):
         parts = batches[at:at + W]
-        new = common.shared(parts, lambda part: judged_batch(model, reward, items, heard, part, round_, args))
+        new = common.shared(parts, paired)
         rows += new
         if common.rank() == 0:
             common.append_jsonl(path, new)
@@ -175,21 +183,38 @@ def describe_samples(samples, objective):
 
 
 # -------------------------------------------------------------------------------------------------- 2: losses
-def pair_up(rows, single):
-    """The pairs of one group by its rows' roles, a list of (place of the positive, place of the negative)
-    among its answers y_ref given x^(1), y^(1) given x^(1), y_ref given x^(2), y^(2) given x^(2), ..."""
-    y_ref, own = range(0, 2 * len(rows), 2), range(1, 2 * len(rows), 2)
-    roles, pairs = [row["role"] for row in rows], []
-    if not single and len(rows) > 1:                      # Eq. 2
-        if "positive" in roles:
-            pairs.append((own[roles.index("positive")], own[roles.index("negative")]))
-        return pairs
-    for s, role in enumerate(roles):                      # Eq. 6
-        if role == "negative":
-            pairs.append((y_ref[s], own[s]))
-        if role == "positive":                            # by the coin of --control shuffled
-            pairs.append((own[s], y_ref[s]))
+def pair_up(rows, objective):
+    """The pairs of one group by its rows' roles: (positive, negative), each the id of its utterance and
+    whether it is the "y_ref" or the "answer" y^(s)."""
+    own = {row["role"]: (row["id"], "answer") for row in rows}
+    if objective == "rba-group" and len(rows) > 1:        # Eq. 2
+        return [(own["positive"], own["negative"])] if "positive" in own else []
+    pairs = []
+    for row in rows:                                      # Eq. 6
+        pair = (row["id"], "y_ref"), (row["id"], "answer")
+        if row["role"]:                                   # positive: by the coin of --control shuffled
+            pairs.append(pair if row["role"] == "negative" else pair[::-1])
     return pairs
+
+
+def learned(rows, args):
+    """What the losses of one group read: a set of (id, "y_ref" or "answer")."""
+    read = set(itertools.chain(*pair_up(rows, args.objective)))
+    return read | {(row["id"], "y_ref") for row in rows if args.lambda_ce}
+
+
+def learned_log_probs(model, items, heard, groups, args):
+    """log pi_theta, token by token, of what the losses of `groups` (of rows, one an utterance) read:
+    {(id, "y_ref" or "answer"): (L,)}. The two of an utterance share one computation of their prompt."""
+    read, prompts, answers, keys = set().union(*(learned(rows, args) for rows in groups)), [], [], []
+    for item, sound, row in zip(items, heard, itertools.chain(*groups)):
+        ids = {"y_ref": model.answer_ids(item["response"]), "answer": row["ids"] + [model.end_id] * row["ended"]}
+        own = [which for which in ids if (row["id"], which) in read]
+        if own:
+            prompts += model.speech_prompts([sound], [item["prompt"]])
+            answers.append([ids[which] for which in own])
+            keys += [(row["id"], which) for which in own]
+    return dict(zip(keys, common.token_log_probs(model.llm, prompts, answers)))
 
 
 def preference_loss(plus, minus, plus_ref, minus_ref, beta):
@@ -202,23 +227,22 @@ def preference_loss(plus, minus, plus_ref, minus_ref, beta):
 
 
 def losses(log_probs, groups, args):
-    """L_CE of N utterances (N,), and of their pairs {name: (n,)}: the preference loss and TRL's metrics.
+    """L_CE of N utterances (N,), none of them where lambda is 0, and of their pairs {name: (n,)}: the
+    preference loss and TRL's metrics.
 
-    log_probs: 2 N of (L,), of each utterance those of y_ref, then of y^(s); groups: the N rows in groups.
+    log_probs: {(id, "y_ref" or "answer"): (L,)}, as `learned_log_probs` gives; groups: the N rows in groups.
     """
-    logp = torch.stack([lp.sum() for lp in log_probs])                                     # (2 N,)
-    pairs, reference, single = [], [], args.objective == "rba-single"
-    for rows in groups:
-        first = len(reference)
-        pairs += [(first + plus, first + minus) for plus, minus in pair_up(rows, single)]
-        for row in rows:
-            reference += [row["logp_y_ref"], row["logp_answer"]]
-    reference = logp.new_tensor(reference)                                                 # (2 N,)
+    rows, pairs = {row["id"]: row for row in itertools.chain(*groups)}, []
+    place = {key: at for at, key in enumerate(log_probs)}
+    logp = torch.stack([lp.sum() for lp in log_probs.values()])                            # (M,)
+    reference = logp.new_tensor([rows[id_]["logp_" + which] for id_, which in log_probs])  # (M,)
     if args.reference == "none":
         reference = torch.zeros_like(reference)           # V = pi_theta
-    ce = -logp[::2]                                                                        # (N,) Eq. 1
-    if args.ce_reduction == "mean":
-        ce = ce / ce.new_tensor([len(lp) for lp in log_probs[::2]])
+    y_refs = [log_probs[row["id"], "y_ref"] for row in itertools.chain(*groups) if args.lambda_ce]
+    ce = [-lp.mean() if args.ce_reduction == "mean" else -lp.sum() for lp in y_refs]
+    ce = torch.stack(ce) if ce else logp.new_zeros(0)                                      # (N,) Eq. 1
+    for own in groups:
+        pairs += [(place[plus], place[minus]) for plus, minus in pair_up(own, args.objective)]
     plus, minus = torch.tensor(pairs, dtype=torch.long, device=logp.device).view(-1, 2).T  # (n,) each
     negative, negative_ref = logp[minus], reference[minus]
     if args.control == "positive":                        # the negative teaches nothing: V- = 1
@@ -233,26 +257,25 @@ def backward(model, batch, items, heard, samples, args):
     """One update's gradients of L_G + lambda L_CE, or L_S + lambda L_CE, on a batch of groups that the
     processes share; -> metrics. Averages are over the whole batch: micro-batches and processes add up."""
     groups = [[samples[items[i]["id"]] for i in group] for group in batch]
-    n_pairs = sum(len(pair_up(rows, args.objective == "rba-single")) for rows in groups)
-    n_utterances, sums = sum(map(len, batch)), Counter()
-    mine, lengths = range(common.rank(), len(batch), common.world()), []
-    for g in mine:
-        words = sum(len(heard[i]["ids"]) for i in batch[g])
-        lengths.append(words + len(batch[g]) * (common.PROMPT_TOKENS + 2 * args.max_new))  # y_ref and y
+    n_pairs = sum(len(pair_up(rows, args.objective)) for rows in groups)
+    n_utterances, sums, mine, lengths = sum(map(len, batch)), Counter(), [], []
+    for g in range(common.rank(), len(batch), common.world()):
+        if learned(groups[g], args):
+            words = sum(len(heard[i]["ids"]) for i in batch[g])
+            mine.append(g)
+            lengths.append(words + len(batch[g]) * (common.PROMPT_TOKENS + 2 * args.max_new))   # y_ref, y^(s)
     for chunk in common.token_batches(lengths, args.micro_tokens):
-        chosen = [mine[at] for at in chunk]
-        utterances = list(itertools.chain(*(batch[g] for g in chosen)))
-        answers = []
-        for row in itertools.chain(*(groups[g] for g in chosen)):
-            answers.append(common.Answer(row["answer"], row["ids"], row["ended"]))
+        own = [groups[mine[at]] for at in chunk]
+        utterances = list(itertools.chain(*(batch[mine[at]] for at in chunk)))
         sounds = [heard[i] for i in utterances]
-        log_probs = common.both_log_probs(model, [items[i] for i in utterances], sounds, answers)
-        ce, of_pairs = losses(log_probs, [groups[g] for g in chosen], args)
+        log_probs = learned_log_probs(model, [items[i] for i in utterances], sounds, own, args)
+        ce, of_pairs = losses(log_probs, own, args)
         preference = of_pairs["loss/preference"].sum() / max(1, n_pairs)                   # L_G or L_S
         loss = preference + args.lambda_ce * ce.sum() / n_utterances                       # Eq. 5
         loss.backward()
         sums["loss"] += float(loss.detach())
-        sums["loss/ce"] += float(ce.detach().sum()) / n_utterances
+        if args.lambda_ce:
+            sums["loss/ce"] += float(ce.detach().sum()) / n_utterances
         for name, values in of_pairs.items():
             sums[name] += float(values.detach().sum()) / max(1, n_pairs)
     metrics = Counter()
@@ -262,8 +285,9 @@ def backward(model, batch, items, heard, samples, args):
 
 
 # --------------------------------------------------------------------------------------------------- training
-def align(model, items, heard, reward, run, args):
-    """The stage: in each round sample -> reward -> pairs, then in each of its updates loss -> step -> log."""
+def align(model, items, heard, reward, run, args, drawn):
+    """The stage: in each round sample -> reward -> pairs, then in each of its updates loss -> step -> log.
+    drawn: rows of the first round by id, which both objectives draw alike."""
     groups, samples = list(common.groups_of(items).values()), None
     if common.rank() == 0 and not run.resume.exists():    # earlier samples are another run's
         (args.work / "samples" / f"{run.name}.jsonl").unlink(missing_ok=True)
@@ -277,7 +301,9 @@ def align(model, items, heard, reward, run, args):
         if first or samples is None:
             visited = {g for at, batch in enumerate(batches) if rounds[at] == rounds[step] for g in batch}
             some = [groups[g] for g in sorted(visited)]
-            samples = sample_and_judge(model, reward, items, heard, some, rounds[step], run, args)
+            known = {} if rounds[step] else drawn
+            samples = sample_and_judge(model, reward, items, heard, some, rounds[step], run, args, known)
+            known |= samples
         if not any(row.get("sampled") == rounds[step] for row in run.rows):
             run.write({"sampled": rounds[step]} | describe_samples(list(samples.values()), args.objective))
         batch = [groups[g] for g in batches[step]]
@@ -304,7 +330,7 @@ def main():
     heard = common.listen_to_split(model, args.work, "train", items, window=args.window)
     if args.control == "text":
         heard = [model.read(item["text"]) for item in items]   # the true words
-    held_out = common.HeldOut(model, args, reward)
+    held_out, drawn = common.HeldOut(model, args, reward), {}
     for objective in [args.objective] if args.objective else ["rba-group", "rba-single"]:
         args.objective = objective
         keys = ("objective", "beta", "lambda_ce", "ce_reduction", "temperature", "reward",
@@ -313,7 +339,7 @@ def main():
         run = common.Run(model, args, name, init, args.max_steps, held_out,
                          **{key: getattr(args, key) for key in keys})
         if not run.done:
-            align(model, items, heard, reward, run, args)
+            align(model, items, heard, reward, run, args, drawn)
 
 
 if __name__ == "__main__":

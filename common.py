@@ -1398,22 +1398,18 @@ class Reward:
         return rewards
 
 
-def both_log_probs(model, items, heard, answers):
-    """Token by token log pi_theta of y_ref and of an Answer y to each of N utterances: 2 N of (L,), of each
-    utterance the one, then the other. The two share one computation of their prompt."""
-    prompts, pairs = model.speech_prompts(heard, [item["prompt"] for item in items]), []
-    for item, answer in zip(items, answers):
-        pairs.append([model.answer_ids(item["response"]), answer.ids + [model.end_id] * answer.ended])
-    return token_log_probs(model.llm, prompts, pairs)
-
-
 @torch.inference_mode()
 def answer_log_probs(model, items, heard, answers, batch_size=16):
-    """`both_log_probs` summed over tokens, without gradient: N pairs of floats."""
+    """log pi_theta of y_ref and of an Answer y to each of N utterances, summed over tokens: N pairs of
+    floats. The two share one computation of their prompt."""
     out = []
     for at in range(0, len(items), batch_size):
-        some = slice(at, at + batch_size)
-        sums = [float(lp.sum()) for lp in both_log_probs(model, items[some], heard[some], answers[some])]
+        some, both = slice(at, at + batch_size), []
+        for item, answer in zip(items[some], answers[some]):
+            own = answer.ids + [model.end_id] * answer.ended
+            both.append([model.answer_ids(item["response"]), own])
+        prompts = model.speech_prompts(heard[some], [item["prompt"] for item in items[some]])
+        sums = [float(lp.sum()) for lp in token_log_probs(model.llm, prompts, both)]
         out += zip(sums[::2], sums[1::2])
     return out
 

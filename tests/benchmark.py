@@ -92,7 +92,7 @@ def update_of(prompts):
     for i in range(prompts):
         text, y_ref, y = QUESTIONS[i % len(QUESTIONS)], answer_to(i, "y_ref"), answer_to(i, "y")
         items.append(dict(id=i, text=text, prompt="", response=y_ref))
-        samples[i] = dict(answer=y, ids=model.answer_ids(y)[:-1], ended=True, role="negative",
+        samples[i] = dict(id=i, answer=y, ids=model.answer_ids(y)[:-1], ended=True, role="negative",
                           logp_y_ref=-99.0, logp_answer=-99.0)                       # any will do here
     heard, batch = [model.read(item["text"]) for item in items], [[i] for i in range(len(items))]
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4)

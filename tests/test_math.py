@@ -58,8 +58,8 @@ def test_single_with_fresh_samples_is_half_beta_of_sft_at_first():
 
 def rows_of(answers, rewards, ended=None, response="the reference"):
     ended = ended or [True] * len(answers)
-    return [dict(group="g", round=0, answer=answer, reward=reward, ended=e, response=response, role="",
-                 why="", logp_y_ref=-1.0 - s, logp_answer=-2.0 - s)
+    return [dict(id=f"{answers}-{s}", group="g", round=0, answer=answer, reward=reward, ended=e,
+                 response=response, logp_y_ref=-1.0 - s, logp_answer=-2.0 - s)
             for s, (answer, reward, e) in enumerate(zip(answers, rewards, ended))]
 
 
@@ -78,17 +78,19 @@ def test_group_pairs_are_best_against_worst(answers, rewards, ended, roles, why)
     rba.decide_pairs(rows, "rba-group", "none", 0)
     assert [row["role"] for row in rows] == roles and rows[-1]["why"] in (why, "")
     assert all(bool(row["role"]) != bool(row["why"]) for row in rows)
-    assert len(rba.pair_up(rows, False)) == any(roles)
+    pair = [(rows[roles.index(role)]["id"], "answer") for role in ("positive", "negative") if any(roles)]
+    assert rba.pair_up(rows, "rba-group") == [tuple(pair)] * any(roles)
 
 
 def test_single_pairs_are_y_ref_against_the_own_answer():
     rows = rows_of(["a", "the reference", "b"], [0, 0, 0], [False, True, True])
     rba.decide_pairs(rows, "rba-single", "none", 0)
     assert [row["role"] for row in rows] == ["negative", "", "negative"] and rows[1]["why"] == "equals y_ref"
-    assert rba.pair_up(rows, True) == [(0, 1), (4, 5)]
-    alone = rows_of(["a"], [0.5])                         # a group of one, as sqa, is in rba-group by Eq. 6
-    rba.decide_pairs(alone, "rba-group", "none", 0)
-    assert rba.pair_up(alone, False) == [(0, 1)]
+    pairs = [((row["id"], "y_ref"), (row["id"], "answer")) for row in rows]
+    assert rba.pair_up(rows, "rba-single") == [pairs[0], pairs[2]]
+    [alone] = rows_of(["a"], [0.5])                       # a group of one, as sqa, is in rba-group by Eq. 6
+    rba.decide_pairs([alone], "rba-group", "none", 0)
+    assert rba.pair_up([alone], "rba-group") == [((alone["id"], "y_ref"), (alone["id"], "answer"))]
 
 
 def test_shuffled_pairs_have_no_direction():
@@ -106,6 +108,9 @@ def test_shuffled_pairs_have_no_direction():
         rba.decide_pairs([whole], "rba-single", "shuffled", seed)
         rba.decide_pairs([cut], "rba-single", "shuffled", seed)
         single += whole["role"] == "positive"
+        if whole["role"] == "positive":
+            [pair] = rba.pair_up([whole], "rba-single")
+            assert pair == ((whole["id"], "answer"), (whole["id"], "y_ref"))
         assert cut["role"] == ""
     assert positive[1] == 0 and 240 < single < 360        # a half
     assert all(160 < positive[s] < 240 for s in (0, 2, 3)) and all(100 < negative[s] < 200 for s in range(4))
@@ -119,19 +124,18 @@ def test_losses_by_hand(objective, reference, reduction, control):
     """L_CE, the preference loss and its gradient of two groups of four and one of one, against a loop over
     pairs in plain numbers."""
     generator, args = torch.Generator().manual_seed(1), SimpleNamespace(
-        objective=objective, reference=reference, ce_reduction=reduction, control=control, beta=0.2)
-    groups = [rows_of("abcd", [.1, .9, .3, .2]), rows_of("a", [.5]), rows_of("abcd", [.1, .1, .1, .1])]
-    log_probs, wanted, ce_wanted, pushed = [], 0.0, [], {}
+        objective=objective, reference=reference, ce_reduction=reduction, control=control, beta=0.2,
+        lambda_ce=0.2)
+    groups = [rows_of("abcd", [.1, .9, .3, .2]), rows_of("a", [.5]), rows_of("efgh", [.1, .1, .1, .1])]
+    log_probs, wanted, ce_wanted, pushed = {}, 0.0, [], {}
     for rows in groups:
         rba.decide_pairs(rows, objective, "none", 0)
-        for s in range(len(rows)):
-            for length in (3 + s, 2):
+        for s, row in enumerate(rows):
+            for which, length in (("y_ref", 3 + s), ("answer", 2)):
                 lp = -torch.rand(length, generator=generator, dtype=torch.float64)
-                log_probs.append(lp.requires_grad_())
-    at = 0
+                log_probs[row["id"], which] = lp.requires_grad_()
     for rows in groups:
-        own = [(log_probs[at + 2 * s], log_probs[at + 2 * s + 1]) for s in range(len(rows))]
-        at += 2 * len(rows)
+        own = [(log_probs[row["id"], "y_ref"], log_probs[row["id"], "answer"]) for row in rows]
         refs = [(row["logp_y_ref"], row["logp_answer"]) if reference == "init" else (0, 0) for row in rows]
         ce_wanted += [-float(y_ref.sum()) / (1 if reduction == "sum" else len(y_ref)) for y_ref, _ in own]
         pairs = [((s, 0), (s, 1)) for s in range(len(rows))]
@@ -146,7 +150,7 @@ def test_losses_by_hand(objective, reference, reduction, control):
     assert ce.tolist() == pytest.approx(ce_wanted)
     assert float(found["loss/preference"].sum().detach()) == pytest.approx(wanted)
     found["loss/preference"].sum().backward()
-    for lp in log_probs:
+    for lp in log_probs.values():
         slope = 0.0 if lp.grad is None else float(lp.grad.sum())
         assert np.sign(slope) == pushed.get(id(lp), 0)
 
@@ -258,33 +262,61 @@ def test_the_samples_are_described_by_hand():
     assert "samples/positive_heard_better" not in rba.describe_samples(samples, "rba-single")
 
 
-def test_an_update_backpropagates_eq_5(groups, monkeypatch):
+@pytest.mark.parametrize("lambda_ce", [0.2, 0.0])
+def test_an_update_backpropagates_eq_5(groups, monkeypatch, lambda_ce):
     """Gradients and log of `backward` against the formula on each utterance alone: L_G over two pairs, L_CE
     over the nine utterances of a batch in which one group has no pair and another stands twice;
-    micro-batches change nothing. float32, as only order differs there."""
+    micro-batches change nothing, what no loss reads is not computed. float32, as only order differs there."""
     monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
     model, items = common.SpeechLM(common.PRESETS["tiny"]), common.read_items(groups, "train")
     heard = common.listen_to_split(model, groups, "train", items, window=12.0)
-    batch, samples = [[0, 1, 2, 3], [4], [0, 1, 2, 3]], {}
+    batch, samples, computed = [[0, 1, 2, 3], [4], [0, 1, 2, 3]], {}, []
     for s, i in enumerate([0, 1, 2, 3, 4]):
         ids = model.answer_ids(("It is Paris.", "Lyon.", "I do not know it.", "France.", "Boil it.")[s])[:-1]
-        samples[items[i]["id"]] = dict(ids=ids, ended=True, answer=str(s), logp_y_ref=-20.0,
-                                       logp_answer=-9.0 - s, why="",
+        samples[items[i]["id"]] = dict(id=items[i]["id"], ids=ids, ended=True, answer=str(s),
+                                       logp_y_ref=-20.0, logp_answer=-9.0 - s, why="",
                                        role=("positive", "", "negative", "", "")[s])
-    args = SimpleNamespace(objective="rba-group", beta=0.1, lambda_ce=0.2, ce_reduction="sum",
+    samples[items[4]["id"]]["why"] = "equals y_ref"
+    args = SimpleNamespace(objective="rba-group", beta=0.1, lambda_ce=lambda_ce, ce_reduction="sum",
                            reference="init", control="none", micro_tokens=4000, max_new=16)
+    original = common.token_log_probs
     def log_p(i, y):
-        [lp] = common.token_log_probs(model.llm, model.speech_prompts([heard[i]], [""]), [[y]])
+        [lp] = original(model.llm, model.speech_prompts([heard[i]], [""]), [[y]])
         return lp.sum()
     own = [samples[items[i]["id"]]["ids"] + [model.end_id] for i in range(5)]
     wanted = -2 * F.logsigmoid(0.1 * (log_p(0, own[0]) + 9) - 0.1 * (log_p(2, own[2]) + 11)) / 2
     for i in [0, 1, 2, 3] * 2 + [4]:
-        wanted = wanted - 0.2 * log_p(i, model.answer_ids(items[i]["response"])) / 9
+        wanted = wanted - lambda_ce * log_p(i, model.answer_ids(items[i]["response"])) / 9
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in model.trainable().items()}
+
+    def counted(llm, prompts, answers):
+        computed.append(sum(map(len, answers)))
+        return original(llm, prompts, answers)
+    monkeypatch.setattr(common, "token_log_probs", counted)
     for args.micro_tokens in (4000, 100):
         model.zero_grad()
+        computed.clear()
         metrics = rba.backward(model, batch, items, heard, samples, args)
         assert metrics["loss"] == pytest.approx(float(wanted.detach()), rel=1e-4) and metrics["pairs"] == 2
+        assert sum(computed) == 4 + 9 * (lambda_ce > 0) and ("loss/ce" in metrics) == (lambda_ce > 0)
         for name, p in model.trainable().items():
             assert (p.grad - gradients[name]).norm() <= 1e-3 * gradients[name].norm() + 1e-6, name
+
+
+def test_both_objectives_share_the_first_rounds_samples(groups, model, tmp_path):
+    """rba-single, given what rba-group drew of the same pi_ref, has the rows that it draws by itself."""
+    items, [own, *_] = common.read_items(groups, "train"), [[0, 1, 2, 3]]
+    heard = common.listen_to_split(model, groups, "train", items, window=12.0)
+    args = SimpleNamespace(work=tmp_path, seed=0, max_new=8, temperature=1.0, control="none")
+
+    def drawn_by(name, objective, drawn):
+        args.objective, run = objective, SimpleNamespace(name=name)
+        return rba.sample_and_judge(model, lambda items, answers: list(map(len, answers)), items, heard, [own],
+                                    0, run, args, drawn)
+    alone, group = drawn_by("alone", "rba-single", {}), drawn_by("group", "rba-group", {})
+    before = {id_: dict(row) for id_, row in group.items()}
+    shared = drawn_by("shared", "rba-single", group)
+    assert shared == alone and group == before and group != shared
+    files = [(tmp_path / "samples" / f"{name}.jsonl").read_text() for name in ("alone", "shared")]
+    assert files[0] == files[1]
