@@ -9,7 +9,8 @@ The paper's self-synthesis of data (arXiv 2509.03526): no human words, recording
 2. [paper] It answers x and the typed request p: y_ref; for `sqa` (RBA-QA) in one to five words. [ours]
    Greedily, under the one system turn that stands before every x to be answered, by teacher or student; for
    `sqa` it says it in a sentence first, which then opens the answer and has to hold it.
-3. [paper] What nobody would say aloud is dropped. [ours] Which filters do that; rewordings too.
+3. [paper] What nobody would say aloud is dropped. [ours] Which filters do that; rewordings too, and what
+   the teacher declines: as a voice assistant, 135M parameters are sorry in 38 % of their answers.
 4. [paper] S = 4 different voices speak every instruction, one voice an `sqa`. [ours] They are Piper's and
    Kokoro's (paper: 2,456 LibriTTS voices cloned by CosyVoice); speed, pitch, filler; half of the voices of
    `test` occur nowhere else; the acoustic condition in which training will hear the utterance. A recording
@@ -62,6 +63,7 @@ QUIZ = ("You are a quiz expert. The user asks a short trivia question about geog
 # 28 %, and of those that the sentence holds 37 %.
 SHORT_ANSWER = ' The answer is "'
 SHORT_TOKENS = 16                                         # a teacher may write behind it
+DECLINES = re.compile(r"\b(sorry|unable|assistant)\b", re.IGNORECASE)
 COMMON_WORDS = set(
     "a an and are can could do does for from give has have how i in is it me my of on one some tell that the "
     "there they this to was we what when where which who will with would you your".split())
@@ -93,6 +95,8 @@ def check_answer(row, ended):
     task, answer = row["task"], row["response"]
     speakable = "\n" not in answer if task == "s2tt" else is_speakable(answer)       # s2tt: in any script
     tests = {"answer ended": ended and common.has_words(answer), "answer speakable": speakable}
+    if task == "instruct":
+        tests["answer declines"] = not DECLINES.search(answer)
     if task == "sqa":
         asked, said = set(common.normalise(row["text"]).split()), common.normalise(answer).split()
         sentence = row["opening"].removesuffix(SHORT_ANSWER)

@@ -9,9 +9,10 @@
    either with lambda L_CE beside it [Eq. 5; for rba-single ours], L_CE as in Eq. 1.
 
 Where this departs from the paper, or chooses in its silence [ours]:
-- samples are drawn once a round; --rounds R repeats 1 and 2 with the model that came out, the next round's
-  pi_ref (as SPIN). With a round an update (--rounds = --max-steps) pi_theta is pi_ref at every update, and
-  rba-single's negative teaches nothing: E_{y ~ pi_theta} grad log pi_theta(y) = 0 (at T = 1);
+- samples are drawn once a round, those of the first for both objectives; --rounds R repeats 1 and 2 with
+  the model that came out, the next round's pi_ref (as SPIN). With a round an update (--rounds = --max-steps)
+  pi_theta is pi_ref at every update, and rba-single's negative teaches nothing:
+  E_{y ~ pi_theta} grad log pi_theta(y) = 0 (at T = 1);
 - starts from sft.pt, the first pi_ref; --reference none is the paper's variant without (V = pi_theta);
 - log V sums over tokens, end token included, at temperature 1 whatever T the samples were drawn at;
 - no pair where two answers are equal or rewards tie; an answer that was cut is never a positive;

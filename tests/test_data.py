@@ -44,6 +44,8 @@ def test_the_first_filter_that_drops_an_instruction(task, text, ended, failed):
     ("sqa", "It is the old city of Paris", True, "answer words"), ("sqa", "", True, "answer ended"),
     ("sqa", "Paris", False, "answer ended"), ("instruct", "It is Paris, as everybody knows.", True, ""),
     ("instruct", "1. **Paris**", True, "answer speakable"),
+    ("instruct", "I'm sorry, as a voice assistant I can't.", True, "answer declines"),
+    ("instruct", "Any museum has assistants who help.", True, ""),
     ("s2tt", "Où est la capitale\n?", True, "answer speakable"),
     ("s2tt", "Où est « la capitale » ?", True, "")])
 def test_the_first_filter_that_drops_an_answer(task, answer, ended, failed):
