@@ -209,7 +209,8 @@ def learned_log_probs(model, items, heard, groups, args):
     {(id, "y_ref" or "answer"): (L,)}. The two of an utterance share one computation of their prompt."""
     read, prompts, answers, keys = set().union(*(learned(rows, args) for rows in groups)), [], [], []
     for item, sound, row in zip(items, heard, itertools.chain(*groups)):
-        ids = {"y_ref": model.answer_ids(item["response"]), "answer": row["ids"] + [model.end_id] * row["ended"]}
+        answer = row["ids"] + [model.end_id] * row["ended"]
+        ids = {"y_ref": model.answer_ids(item["response"]), "answer": answer}
         own = [which for which in ids if (row["id"], which) in read]
         if own:
             prompts += model.speech_prompts([sound], [item["prompt"]])
