@@ -63,7 +63,7 @@ QUIZ = ("You are a quiz expert. The user asks a short trivia question about geog
 # 28 %, and of those that the sentence holds 37 %.
 SHORT_ANSWER = ' The answer is "'
 SHORT_TOKENS = 16                                         # a teacher may write behind it
-DECLINES = re.compile(r"\b(sorry|unable|assistant)\b", re.IGNORECASE)
+DECLINES = re.compile(r"\b(sorry|unable|assistant)\b", re.IGNORECASE)   # as SmolLM2 does
 COMMON_WORDS = set(
     "a an and are can could do does for from give has have how i in is it me my of on one some tell that the "
     "there they this to was we what when where which who will with would you your".split())

@@ -43,7 +43,8 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
          "lambda-ce": dict(type=float, help="λ of Eq. 5"),
          "ce-reduction": dict(choices=("sum", "mean"), help="of L_CE over an answer's tokens; Eq. 1: sum"),
          "temperature": dict(type=float, help="T at which the samples are drawn"),
-         "reward": dict(metavar="semantic|MODEL", help="r of rba-group; a reward model: directory or hub id"),
+         "reward": dict(metavar="semantic|beyond|MODEL", help="r of rba-group: closeness to y_ref; the same "
+                        "beyond what x earns; a reward model: directory or hub id"),
          "reference": dict(choices=("init", "none"), default="init", help="none: V = pi_theta"),
          "rounds": dict(type=common.count, help="how often samples are drawn"),
          "control": dict(choices=("shuffled", "positive", "text"), default="none", help="what must not work "
@@ -70,13 +71,12 @@ def decide_pairs(rows, objective, control, seed):
 def single_roles(rows, coin):
     """Eq. 6: y^(s) is the negative, y_ref the positive, in every row; or as the coin, if any, falls."""
     for row in rows:
-        row |= dict(role="negative", why="")
         if row["answer"] == row["response"]:
-            row |= dict(role="", why="equals y_ref")
+            row["why"] = "equals y_ref"
         elif coin and not row["ended"]:                   # it could be the negative alone
-            row |= dict(role="", why="no answer ended")
-        elif coin and coin.random() < 0.5:
-            row["role"] = "positive"
+            row["why"] = "no answer ended"
+        else:
+            row["role"] = "positive" if coin and coin.random() < 0.5 else "negative"
 
 
 def group_roles(rows, rewards):
@@ -94,9 +94,10 @@ def group_roles(rows, rewards):
     elif rows[best]["answer"] == rows[worst]["answer"]:
         reason = "answers are equal"
     for s, row in enumerate(rows):
-        row["why"] = reason or "between"
         if not reason and s in (best, worst):
-            row |= dict(role="positive" if s == best else "negative", why="")
+            row["role"] = "positive" if s == best else "negative"
+        else:
+            row["why"] = reason or "between"
 
 
 def judged(model, reward, items, heard, round_, args):
@@ -117,12 +118,12 @@ def judged(model, reward, items, heard, round_, args):
 def sample_and_judge(model, reward, items, heard, groups, round_, run, args, drawn):
     """A round's samples of `groups` (lists of indices): {utterance id: row}, and a line each in the file.
     Batches of SAMPLED groups, one by each process at a time, in order: the first of them are what a kill has
-    left, half a batch is drawn anew. drawn: this round's rows by id, where the other objective had them of
-    the same pi_ref."""
+    left, half a batch is made again. drawn: this round's rows by id, if the other objective has them of the
+    same pi_ref."""
     def paired(part):
         utterances = list(itertools.chain(*part))
         some = [items[i] for i in utterances]
-        if all(item["id"] in drawn for item in some):
+        if drawn:
             rows = [dict(drawn[item["id"]]) for item in some]
         else:
             rows = judged(model, reward, some, [heard[i] for i in utterances], round_, args)
@@ -187,8 +188,8 @@ def describe_samples(samples, objective):
 def pair_up(rows, objective):
     """The pairs of one group by its rows' roles: (positive, negative), each the id of its utterance and
     whether it is the "y_ref" or the "answer" y^(s)."""
-    own = {row["role"]: (row["id"], "answer") for row in rows}
     if objective == "rba-group" and len(rows) > 1:        # Eq. 2
+        own = {row["role"]: (row["id"], "answer") for row in rows}
         return [(own["positive"], own["negative"])] if "positive" in own else []
     pairs = []
     for row in rows:                                      # Eq. 6
@@ -205,17 +206,17 @@ def learned(rows, args):
 
 
 def learned_log_probs(model, items, heard, groups, args):
-    """log pi_theta, token by token, of what the losses of `groups` (of rows, one an utterance) read:
-    {(id, "y_ref" or "answer"): (L,)}. The two of an utterance share one computation of their prompt."""
+    """log pi_theta, token by token, of what the losses of `groups` (lists of rows, in the order of items)
+    read: {(id, "y_ref" or "answer"): (L,)}. The two of an utterance share one computation of their prompt."""
     read, prompts, answers, keys = set().union(*(learned(rows, args) for rows in groups)), [], [], []
     for item, sound, row in zip(items, heard, itertools.chain(*groups)):
-        answer = row["ids"] + [model.end_id] * row["ended"]
-        ids = {"y_ref": model.answer_ids(item["response"]), "answer": answer}
-        own = [which for which in ids if (row["id"], which) in read]
+        ids = {(row["id"], "y_ref"): model.answer_ids(item["response"]),
+               (row["id"], "answer"): row["ids"] + [model.end_id] * row["ended"]}
+        own = {key: y for key, y in ids.items() if key in read}
         if own:
             prompts += model.speech_prompts([sound], [item["prompt"]])
-            answers.append([ids[which] for which in own])
-            keys += [(row["id"], which) for which in own]
+            answers.append([*own.values()])
+            keys += own
     return dict(zip(keys, common.token_log_probs(model.llm, prompts, answers)))
 
 
@@ -234,7 +235,7 @@ def losses(log_probs, groups, args):
 
     log_probs: {(id, "y_ref" or "answer"): (L,)}, as `learned_log_probs` gives; groups: the N rows in groups.
     """
-    rows, pairs = {row["id"]: row for row in itertools.chain(*groups)}, []
+    rows = {row["id"]: row for row in itertools.chain(*groups)}
     place = {key: at for at, key in enumerate(log_probs)}
     logp = torch.stack([lp.sum() for lp in log_probs.values()])                            # (M,)
     reference = logp.new_tensor([rows[id_]["logp_" + which] for id_, which in log_probs])  # (M,)
@@ -243,6 +244,7 @@ def losses(log_probs, groups, args):
     y_refs = [log_probs[row["id"], "y_ref"] for row in itertools.chain(*groups) if args.lambda_ce]
     ce = [-lp.mean() if args.ce_reduction == "mean" else -lp.sum() for lp in y_refs]
     ce = torch.stack(ce) if ce else logp.new_zeros(0)                                      # (N,) Eq. 1
+    pairs = []
     for own in groups:
         pairs += [(place[plus], place[minus]) for plus, minus in pair_up(own, args.objective)]
     plus, minus = torch.tensor(pairs, dtype=torch.long, device=logp.device).view(-1, 2).T  # (n,) each
@@ -260,12 +262,13 @@ def backward(model, batch, items, heard, samples, args):
     processes share; -> metrics. Averages are over the whole batch: micro-batches and processes add up."""
     groups = [[samples[items[i]["id"]] for i in group] for group in batch]
     n_pairs = sum(len(pair_up(rows, args.objective)) for rows in groups)
-    n_utterances, sums, mine, lengths = sum(map(len, batch)), Counter(), [], []
+    n_utterances, sums, mine, lengths = sum(map(len, batch)), Counter(loss=0.0), [], []
     for g in range(common.rank(), len(batch), common.world()):
-        if learned(groups[g], args):
-            words = sum(len(heard[i]["ids"]) for i in batch[g])
+        read = {id_ for id_, _ in learned(groups[g], args)}
+        if read:
+            words = sum(len(heard[i]["ids"]) for i in batch[g] if items[i]["id"] in read)
             mine.append(g)
-            lengths.append(words + len(batch[g]) * (common.PROMPT_TOKENS + 2 * args.max_new))   # y_ref, y^(s)
+            lengths.append(words + len(read) * (common.PROMPT_TOKENS + 2 * args.max_new))  # at most
     for chunk in common.token_batches(lengths, args.micro_tokens):
         own = [groups[mine[at]] for at in chunk]
         utterances = list(itertools.chain(*(batch[mine[at]] for at in chunk)))
@@ -278,8 +281,8 @@ def backward(model, batch, items, heard, samples, args):
         sums["loss"] += float(loss.detach())
         if args.lambda_ce:
             sums["loss/ce"] += float(ce.detach().sum()) / n_utterances
-        for name, values in of_pairs.items():
-            sums[name] += float(values.detach().sum()) / max(1, n_pairs)
+        for name, values in of_pairs.items() if n_pairs else ():
+            sums[name] += float(values.detach().sum()) / n_pairs
     metrics = Counter()
     for own in common.gather([sums]):
         metrics.update(own)
@@ -289,7 +292,7 @@ def backward(model, batch, items, heard, samples, args):
 # --------------------------------------------------------------------------------------------------- training
 def align(model, items, heard, reward, run, args, drawn):
     """The stage: in each round sample -> reward -> pairs, then in each of its updates loss -> step -> log.
-    drawn: rows of the first round by id, which both objectives draw alike."""
+    drawn: the first round's rows by id, empty until an objective has drawn them; filled here."""
     groups, samples = list(common.groups_of(items).values()), None
     if common.rank() == 0 and not run.resume.exists():    # earlier samples are another run's
         (args.work / "samples" / f"{run.name}.jsonl").unlink(missing_ok=True)
@@ -305,7 +308,8 @@ def align(model, items, heard, reward, run, args, drawn):
             some = [groups[g] for g in sorted(visited)]
             known = {} if rounds[step] else drawn
             samples = sample_and_judge(model, reward, items, heard, some, rounds[step], run, args, known)
-            known |= samples
+            if step == 0:
+                drawn |= samples
         if not any(row.get("sampled") == rounds[step] for row in run.rows):
             run.write({"sampled": rounds[step]} | describe_samples(list(samples.values()), args.objective))
         batch = [groups[g] for g in batches[step]]

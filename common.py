@@ -1368,18 +1368,25 @@ def bleu_tokenizer(language):
 
 
 class Reward:
-    """r of an answer y: a reward model's, which reads x, p and y [paper: ArmoRM]; `semantic`: cosine of the
-    sentence embeddings of y and y_ref [ours]; for s2tt sentence BLEU of y against y_ref, 0 to 1 [paper]."""
+    """r of an answer y: a reward model's, which reads x, p and y [paper: ArmoRM]; [ours] `semantic`: cosine
+    of the sentence embeddings of y and y_ref, `beyond`: of that what x alone would not earn; for s2tt
+    sentence BLEU of y against y_ref, 0 to 1 [paper]."""
 
     def __init__(self, args, device):
-        if args.reward == "semantic":
-            self.embedder, self.judge = Embedder(args.embedder, device), self.cosine
+        if args.reward in ("semantic", "beyond"):
+            self.embedder, self.judge = Embedder(args.embedder, device), getattr(self, args.reward)
         else:
             self.judge = RewardModel(args.reward, device)
 
-    def cosine(self, items, answers):
+    def semantic(self, items, answers):
         theirs = self.embedder(answers)                                                    # (N, d)
         return (theirs * self.embedder([item["response"] for item in items])).sum(-1).tolist()
+
+    def beyond(self, items, answers):
+        """cos(y, y_ref) - cos(y, x) cos(x, y_ref): 0 for an answer that says the question back."""
+        y, x = self.embedder(answers), self.embedder([item["text"] for item in items])    # (N, d)
+        y_ref = self.embedder([item["response"] for item in items])                        # (N, d)
+        return ((y * y_ref).sum(-1) - (y * x).sum(-1) * (x * y_ref).sum(-1)).tolist()
 
     def __call__(self, items, answers):
         """N items, N texts -> list of N floats."""

@@ -137,7 +137,7 @@ def test_losses_by_hand(objective, reference, reduction, control):
     for rows in groups:
         own = [(log_probs[row["id"], "y_ref"], log_probs[row["id"], "answer"]) for row in rows]
         refs = [(row["logp_y_ref"], row["logp_answer"]) if reference == "init" else (0, 0) for row in rows]
-        ce_wanted += [-float(y_ref.sum()) / (1 if reduction == "sum" else len(y_ref)) for y_ref, _ in own]
+        ce_wanted += [-float(y_ref.detach().sum()) / (1 if reduction == "sum" else len(y_ref)) for y_ref, _ in own]
         pairs = [((s, 0), (s, 1)) for s in range(len(rows))]
         if objective == "rba-group" and len(rows) > 1:
             pairs = [((1, 1), (0, 1))] if rows[1]["reward"] == .9 else []                  # a tie: none
@@ -244,6 +244,18 @@ def test_the_reward_of_s2tt_is_sentence_bleu_and_else_cosine():
     assert chinese > 0.5                                  # 0 in sacrebleu's default tokens: one word
 
 
+def test_beyond_pays_nothing_for_the_question_said_back():
+    """In numpy: the part of y's embedding along y_ref, less what its part along x has of it."""
+    reward = common.Reward(SimpleNamespace(reward="beyond", embedder="minilm-l6"), "cpu")
+    x, y_ref, other = "How do I bake bread?", "Mix flour, water and yeast.", "Knead flour and water."
+    items = [dict(task="instruct", text=x, response=y_ref)] * 3
+    found = reward(items, [x, y_ref, other])
+    e_x, e_ref, e_other = reward.embedder([x, y_ref, other]).numpy().astype(float)
+    wanted = [e_y @ (e_ref - e_x * (e_x @ e_ref)) for e_y in (e_x, e_ref, e_other)]
+    assert found == pytest.approx(wanted, abs=1e-5) and abs(found[0]) < 1e-5
+    assert found[1] > found[2] > 0.1
+
+
 def test_the_samples_are_described_by_hand():
     rng, samples = random.Random(0), []
     for group in "pq":
@@ -310,13 +322,13 @@ def test_both_objectives_share_the_first_rounds_samples(groups, model, tmp_path)
     heard = common.listen_to_split(model, groups, "train", items, window=12.0)
     args = SimpleNamespace(work=tmp_path, seed=0, max_new=8, temperature=1.0, control="none")
 
-    def drawn_by(name, objective, drawn):
+    def drawn_by(name, objective, drawn, model=model):
         args.objective, run = objective, SimpleNamespace(name=name)
-        return rba.sample_and_judge(model, lambda items, answers: list(map(len, answers)), items, heard, [own],
-                                    0, run, args, drawn)
+        reward = lambda items, answers: list(map(len, answers))
+        return rba.sample_and_judge(model, reward, items, heard, [own], 0, run, args, drawn)
     alone, group = drawn_by("alone", "rba-single", {}), drawn_by("group", "rba-group", {})
     before = {id_: dict(row) for id_, row in group.items()}
-    shared = drawn_by("shared", "rba-single", group)
+    shared = drawn_by("shared", "rba-single", group, model=None)          # nothing is drawn again
     assert shared == alone and group == before and group != shared
     files = [(tmp_path / "samples" / f"{name}.jsonl").read_text() for name in ("alone", "shared")]
     assert files[0] == files[1]

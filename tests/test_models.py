@@ -354,7 +354,7 @@ def test_sampled_sequences_follow_the_distribution(toy, temperature, top_p):
 
 @pytest.mark.parametrize("spread", [3.0, 0.01])
 def test_top_p_of_a_large_vocabulary(spread):
-    """Where a few thousand tokens hold the share, and where nearly all are needed: numpy's sort says which."""
+    """Where a few thousand tokens hold the share, and where nearly all are needed: as numpy's sort has it."""
     logits = spread * torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0))
     uniform, found = torch.tensor([0.0, 0.3, 0.7, 0.999]), []
     for row, u in zip(logits.double().numpy(), uniform.tolist()):
