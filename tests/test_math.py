@@ -137,7 +137,8 @@ def test_losses_by_hand(objective, reference, reduction, control):
     for rows in groups:
         own = [(log_probs[row["id"], "y_ref"], log_probs[row["id"], "answer"]) for row in rows]
         refs = [(row["logp_y_ref"], row["logp_answer"]) if reference == "init" else (0, 0) for row in rows]
-        ce_wanted += [-float(y_ref.detach().sum()) / (1 if reduction == "sum" else len(y_ref)) for y_ref, _ in own]
+        for y_ref, _ in own:
+            ce_wanted.append(-float(y_ref.detach().sum()) / (1 if reduction == "sum" else len(y_ref)))
         pairs = [((s, 0), (s, 1)) for s in range(len(rows))]
         if objective == "rba-group" and len(rows) > 1:
             pairs = [((1, 1), (0, 1))] if rows[1]["reward"] == .9 else []                  # a tie: none
