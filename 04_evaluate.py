@@ -478,34 +478,25 @@ def closer(rows, others, vectors):
     return (1 + np.sign(np.where(np.abs(margins) < 1e-6, 0, margins))) / 2
 
 
-def win_rates(rows, others, judge, vectors):
-    """Measured in % of instruct rows against another checkpoint's: WR, by a judge LC (R / 10 resamples)."""
-    groups = field(rows, "group")
-    wins = group_means(judge(rows, others) if judge else closer(rows, others, vectors), groups)
-    rates = {"WR": mean_of(100 * wins)}
-    if judge:
-        lengths = group_means(field(rows, "words"), groups)
-        other_lengths = group_means(field(others, "words"), groups)
-        counts = resample_counts(len(wins))[:1 + RESAMPLES // 10]
-        rates["LC"] = Measured(length_controlled(wins, lengths, other_lengths, counts))
-    return rates
-
-
 # ------------------------------------------------------------------------------------ numbers of the tables
 def compare(answers, alone, checkpoint, other, judge, vectors):
-    """One checkpoint against another: accuracy's difference and win rates, {Column: Measured}.
-
-    answers: {checkpoint: its rows}; alone: {checkpoint: its `measure`}; without a judge the answer closer to
-    y_ref wins.
+    """One checkpoint against another: accuracy's difference and win rates in %, {Column: Measured}; LC by a
+    judge alone, over R / 10 resamples. answers: {checkpoint: its rows}; alone: {checkpoint: its `measure`}.
     """
     found, own, its = {}, alone[checkpoint], alone[other]
     if ACCURACY in own:
         found[ACCURACY] = mean_of(own[ACCURACY].values - its[ACCURACY].values)
     rows, others = of_task(answers[checkpoint], "instruct"), of_task(answers[other], "instruct")
     y_ref = "text" in (checkpoint, other) and "response" in answers[other][0]     # it is closest to itself
-    if rows and (judge or (not y_ref and all(field(rows, "reference")))):
-        for rate, measured in win_rates(rows, others, judge, vectors).items():
-            found[Column("instruct", rate)] = measured
+    if not rows or not judge and (y_ref or not all(field(rows, "reference"))):
+        return found
+    preferences = judge(rows, others) if judge else closer(rows, others, vectors)
+    wins = group_means(preferences, field(rows, "group"))
+    found[Column("instruct", "WR")] = mean_of(100 * wins)
+    if judge:
+        words, counts = Column("instruct", "words"), resample_counts(len(wins))[:1 + RESAMPLES // 10]
+        rates = length_controlled(wins, own[words].values, its[words].values, counts)
+        found[Column("instruct", "LC")] = Measured(rates)
     return found
 
 
