@@ -215,14 +215,13 @@ def kept_answers(model, checkpoint, folder, condition, items, heard, args):
     words that has, what Whisper heard. What can't be heard, and is not in `heard`, has an empty answer."""
     path = folder / f"{checkpoint}.{condition.replace(':', '-')}.jsonl"
     weights = "none" if checkpoint in UNTRAINED else args.work / f"{checkpoint}.pt"
-    key = [items, field(heard, "text"), args.student, args.teacher, args.max_new, common.fingerprint(weights)]
-    key = common.digest(key)                              # of all that the answers depend on
+    key = common.digest([items, field(heard, "text"), args.student, args.teacher, args.max_new,
+                         common.fingerprint(weights)])    # of all that the answers depend on
     if not path.exists() or common.read_jsonl(path)[0]["key"] != key:
+        rows = [item | dict(answer="", words=0, transcript="", key=key) for item in items]
         said = answer(model, checkpoint, usable(items), heard, args)
-        answers, rows = iter(zip(said, field(heard, "text"))), []
-        for item in items:
-            text, transcript = ("", "") if "unusable" in item else next(answers)
-            rows.append(item | dict(answer=text, words=len(text.split()), transcript=transcript, key=key))
+        for row, text, transcript in zip(usable(rows), said, field(heard, "text")):
+            row |= dict(answer=text, words=len(text.split()), transcript=transcript)
         common.write_jsonl(path, rows)
     return common.read_jsonl(path)
 
