@@ -670,12 +670,11 @@ def facts_of(args, items, systems, judge):
     for task in dict.fromkeys(field(items, "task")):
         chosen = of_task(items, task)
         counts.append(f"{task} {len(common.groups_of(chosen))} instructions in {len(chosen)} utterances")
-    conditions = list(dict.fromkeys(args.conditions.split(",")))
     return dict(preset=args.preset, seed=args.seed, teacher=args.teacher, student=args.student,
                 encoder=args.encoder, items=counts,
                 source=f"`{args.data}`" if args.data else "held-out speech of 01",
                 unusable=[item["id"] for item in items if "unusable" in item],
-                judge=judge and judge.name, conditions=conditions, leading=conditions[:2][-1],
+                judge=judge and judge.name, conditions=args.conditions, leading=args.conditions[:2][-1],
                 systems=list(systems), rows=[]) | common.environment()
 
 
@@ -688,8 +687,8 @@ def main():
     checkpoints, systems = choose_checkpoints(args), {}
     if args.ask:
         return ask(args, checkpoints)
-    conditions = args.conditions.split(",")
-    for condition in conditions:
+    args.conditions = list(dict.fromkeys(args.conditions.split(",")))
+    for condition in args.conditions:
         common.parse_condition(condition)
     device = common.setup_processes()
     # ---- items
@@ -711,7 +710,7 @@ def main():
         systems.setdefault(system_of(checkpoint), []).append(checkpoint)
     # ---- hear and answer
     by_condition = {}
-    for condition in conditions:
+    for condition in args.conditions:
         heard = common.listen_to_split(model, args.work, name, usable(items), condition, window, folder)
         def answers_of(checkpoint):
             return [kept_answers(model, checkpoint, answers, condition, items, heard, args)]
