@@ -449,11 +449,10 @@ class KeptJudge:
 
     def __init__(self, name, device, path):
         self.judge = ServedJudge(name) if common.is_url(name) else RewardJudge(name, device)
-        self.name, self.path, self.verdicts = getattr(self.judge, "name", name), path, {}
+        self.name, self.path = getattr(self.judge, "name", name), path
         lines = common.read_jsonl(path, torn=True) if path.exists() else []
         common.write_jsonl(path, lines)                   # without what a kill cut
-        for line in lines:
-            self.verdicts[line["key"]] = line["prefers"]
+        self.verdicts = {line["key"]: line["prefers"] for line in lines}
 
     def __call__(self, rows, others):
         keys, new = [], {}                                # new: {key: a pair that was never judged}
@@ -522,12 +521,12 @@ def number(system, column, parts):
     """A row of results.json from the Measured of a system's seeds: their mean, its interval, every seed's
     value, of a planned contrast p of no difference."""
     mean, seeds = average(parts), [float(part.score[0]) for part in parts]
-    low, high = np.percentile(mean.score[1:], [2.5, 97.5])
+    low, high = np.percentile(mean.score[1:], [2.5, 97.5]).tolist()
     even = 0 if column.metric == "accuracy" else 50       # a win rate of 50 % is no difference
     planned = (system, column.against) in CONTRASTS and column.metric != "LC"
-    return column._asdict() | dict(system=system, value=float(mean.score[0]), low=float(low),
-                                   high=float(high), seeds=seeds if len(seeds) > 1 else [], planned=planned,
-                                   p=sign_flip_p(mean.values - even) if planned else None)
+    p = sign_flip_p(mean.values - even) if planned else None
+    return column._asdict() | dict(system=system, value=float(mean.score[0]), low=low, high=high,
+                                   seeds=seeds if len(seeds) > 1 else [], planned=planned, p=p)
 
 
 def word_error_rates(rows):
