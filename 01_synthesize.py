@@ -386,10 +386,8 @@ class Piper:
     def say(self, sentences, speaker, speed):
         from piper import SynthesisConfig
         config = SynthesisConfig(int(speaker or 0), 1 / speed, noise_scale=0.0, noise_w_scale=0.0)
-        parts = []
-        for phonemes in sentences:
-            parts.append(self.voice.phoneme_ids_to_audio(self.voice.phonemes_to_ids(phonemes), config))
-        return np.concatenate(parts)
+        ids = map(self.voice.phonemes_to_ids, sentences)
+        return np.concatenate([self.voice.phoneme_ids_to_audio(sentence, config) for sentence in ids])
 
 
 class Kokoro:
