@@ -570,11 +570,9 @@ def main():
     if common.rank() > 0:
         return
     # ---- 5: what was spoken well, and its card
-    failed, splits = failed_groups(spoken, args.max_seconds), {split: [] for split in SPLITS}
-    for item in spoken:
-        if item["group"] not in failed:
-            splits[item["split"]].append(item)
+    failed, splits = failed_groups(spoken, args.max_seconds), {}
     for split in SPLITS:
+        splits[split] = [item for item in spoken if item["split"] == split and item["group"] not in failed]
         common.write_jsonl(data / f"{split}.jsonl", splits[split])
     for row in rows:
         row["dropped"] = row["dropped"] or failed.get(row["id"], "")
