@@ -421,10 +421,7 @@ def voice_names(spec):
         if entry not in embedded and not folder and speakers.stop > known:
             raise UserError(f"voice {entry}: neither {', '.join(embedded)}, nor Piper's PATH.onnx with "
                             f"PATH.onnx.json beside it, PATH.onnx#0-903 of its {known} speakers, a folder")
-        if speaker:
-            names += [f"{path}#{number}" for number in speakers]
-        else:
-            names += map(str, folder or [entry])
+        names += [f"{path}#{number}" for number in speakers] if speaker else map(str, folder or [entry])
     return names
 
 
