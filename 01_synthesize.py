@@ -531,9 +531,9 @@ def parse_counts(text):
 
 def read_voices(args):
     """-> voices of every split, voices of test alone."""
-    unheard = voice_names(args.unheard_voices)
-    voices = [name for name in voice_names(args.voices) if name not in unheard]
-    if len(set(voices)) < args.voices_per_item:
+    unheard = list(dict.fromkeys(voice_names(args.unheard_voices)))
+    voices = [name for name in dict.fromkeys(voice_names(args.voices)) if name not in unheard]
+    if len(voices) < args.voices_per_item:
         raise UserError(f"voices {args.voices}: a group takes {args.voices_per_item} different ones that are "
                         "not in unheard_voices; name more")
     return voices, unheard

@@ -318,6 +318,8 @@ def test_voices_of_the_presets():
     voices, unheard = synthesize.read_voices(SimpleNamespace(**common.PRESETS["tiny"]))
     assert voices == ["piper-joe", "kokoro-jf_alpha", "kokoro-jf_tebukuro", "kokoro-jm_kumo"]
     assert unheard == ["kokoro-jf_gongitsune", "kokoro-jf_nezumi"]
+    twice = {name: ",".join([common.PRESETS["tiny"][name]] * 2) for name in ("voices", "unheard_voices")}
+    assert synthesize.read_voices(SimpleNamespace(voices_per_item=4, **twice)) == (voices, unheard)
 
 
 def test_whisper_hears_what_the_voices_say():
