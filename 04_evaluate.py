@@ -479,8 +479,7 @@ def closer(rows, others, vectors):
 # ------------------------------------------------------------------------------------ numbers of the tables
 def compare(answers, alone, checkpoint, other, judge, vectors):
     """One checkpoint against another: accuracy's difference and win rates in %, {Column: Measured}; LC by a
-    judge alone, over R / 10 resamples. answers: {checkpoint: its rows}; alone: {checkpoint: its `measure`}.
-    """
+    judge alone, of R / 10 resamples. answers: {checkpoint: rows}; alone: {checkpoint: its `measure`}."""
     found, own, its = {}, alone[checkpoint], alone[other]
     if ACCURACY in own:
         found[ACCURACY] = mean_of(own[ACCURACY].values - its[ACCURACY].values)
