@@ -50,7 +50,7 @@ FLAGS["s2tt"] = dict(metavar="KIND:PATH", help="recordings in the place of s2tt'
                      "fleurs:DIR/en_us/train.tsv:de_de")
 CONFIG = ("preset", "seed", "teacher", "s2tt", "whisper", "voices", "unheard_voices", "voices_per_item",
           "train_conditions", "language", "instruction_tokens", "top_p", "max_new", "max_seconds", *SPLITS)
-BATCH = 128                                               # user turns sampled per text batch
+BATCH = 64                                                # user turns sampled per text batch
 SPEECH_GROUPS = 8                                         # groups spoken per speech batch
 GROSS_WER = 0.5                                           # above it, the voice said something else
 # [ours] Bare question words, as no question, answer or entity may stand in this file.

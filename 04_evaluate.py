@@ -704,6 +704,8 @@ def main():
     model = common.load_speechlm(vars(args), device)
     if "text" in checkpoints and getattr(args, "served", False) and "response" not in items[0]:
         checkpoints.remove("text")                        # [ours] a served teacher answers in 01 alone
+    if not checkpoints:
+        raise UserError(f"--systems {args.systems}: a served teacher answers in 01 alone; name others")
     for checkpoint in checkpoints:
         systems.setdefault(system_of(checkpoint), []).append(checkpoint)
     # ---- hear and answer

@@ -87,8 +87,8 @@ _EMBEDDED = dict(
     conditions="clean,babble:8", encoder="wordllama")
 PRESETS = {
     "tiny": _EMBEDDED | dict(
-        train="instruct=8,sqa=12,s2tt=2", valid="instruct=4,sqa=4", test="instruct=5,sqa=8,s2tt=2",
-        sft_steps=7, sft_batch=6, rl_steps=5, rl_batch=6, held_out=8, curve_points=2),
+        train="instruct=8,sqa=10,s2tt=2", valid="instruct=4,sqa=4", test="instruct=6,sqa=8,s2tt=2",
+        sft_steps=6, sft_batch=6, rl_steps=4, rl_batch=6, held_out=8, curve_points=2),
     "small": _EMBEDDED | dict(
         student="gemma3-270m",
         train="instruct=500,sqa=1000", valid="instruct=64,sqa=128", test="instruct=300,sqa=300",

@@ -147,6 +147,13 @@ def remove(name):
     return lambda work: (work / name).unlink()
 
 
+def served(work):
+    config = {"preset": "tiny", "teacher": "smollm2-135m", "served": True}
+    common.write_json(work / "data" / "config.json", {"config": config})
+    row = dict(id="0", audio="data/audio/0-0.wav", task="sqa", instruction="Who?", reference="Nobody")
+    common.write_jsonl(work / "set.jsonl", [row])
+
+
 def silence(work):
     soundfile.write(work / "data/audio/0-1.wav", np.zeros(16000), 16000)
 
@@ -174,6 +181,8 @@ BAD = {
     "no reward model": ("03_rba_rl.py", ["--reward", "assets"], write("sft.pt", b"zip"),
                         "assets: no reward model can be loaded"),
     "no results": ("04_evaluate.py", ["--draw", "README.md"], None, "README.md: no results.json"),
+    "a served teacher": ("04_evaluate.py", ["--data", "{work}/set.jsonl", "--systems", "text"], served,
+                         "--systems text: a served teacher answers in 01 alone"),
     "a recording": ("04_evaluate.py", ["--ask", "gone.wav", "--systems", "base"], None, "gone.wav"),
     "a voice": ("01_synthesize.py", ["--train", "poems=3"], None, "poems=3 is not TASK=NUMBER")}
 
@@ -186,7 +195,8 @@ def test_bad_input_is_one_line(name, copy, model, monkeypatch, capsys):
         change(work)
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     monkeypatch.setattr(common, "load_speechlm", lambda *_: model)
-    monkeypatch.setattr(sys, "argv", [script, "--work", str(work), *map(str, flags)])
+    flags = [str(flag).format(work=work) for flag in flags]
+    monkeypatch.setattr(sys, "argv", [script, "--work", str(work), *flags])
     with pytest.raises(SystemExit) as ended:
         common.run(stage(script.removesuffix(".py")).main)
     out = capsys.readouterr()
