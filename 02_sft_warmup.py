@@ -79,7 +79,7 @@ def distillation(model, teacher, items, heard):
 # --------------------------------------------------------------------------------------------------- training
 def train(model, items, heard, run, args, loss_of, batches):
     """Updates of `loss_of(items, heard)` (N,), averaged over the utterances of a batch of groups."""
-    groups, answer_tokens, sizes = list(common.groups_of(items).values()), [], []
+    groups, answer_tokens, sizes = common.groups_of(items), [], []
     for item, row in zip(items, heard):
         answer_tokens.append(len(model.answer_ids(item["response"])))
         sizes.append(common.PROMPT_TOKENS + len(row["ids"]) + len(item["response"]) // 4)

@@ -127,7 +127,7 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args, dra
             rows = [dict(drawn[item["id"]]) for item in some]
         else:
             rows = judged(model, reward, some, [heard[i] for i in utterances], round_, args)
-        for group in common.groups_of(rows).values():
+        for group in common.groups_of(rows):
             decide_pairs([rows[i] for i in group], args.objective, args.control, args.seed)
         return rows
     path, W = args.work / "samples" / f"{run.name}.jsonl", common.world()
@@ -157,24 +157,23 @@ def describe_samples(samples, objective):
     """What a round's samples could teach: reward by voice and within groups, best of a group against its mean
     (the headroom), how often s+ was heard better than s- (the reward may only be choosing who was heard
     well), pairs left."""
-    groups, out = {}, {}
-    for row in samples:
-        groups.setdefault(row["group"], []).append(row)
-    for voice in sorted({row["voice"] for row in samples}):
-        out[f"samples/reward/{voice}"] = fmean(row["reward"] for row in samples if row["voice"] == voice)
-    several = [[row["reward"] for row in rows] for rows in groups.values() if len(rows) > 1]
-    if len(several) > 1:
-        spread = [torch.tensor(rewards).var() for rewards in several]
-        out["samples/variance_within"] = float(torch.stack(spread).mean())
-        out["samples/variance_between"] = float(torch.tensor([fmean(rewards) for rewards in several]).var())
-        out["samples/headroom"] = fmean(max(rewards) - fmean(rewards) for rewards in several)
-    better = Counter()
-    for rows in groups.values():
+    several, better, out = [], Counter(), {}
+    for group in common.groups_of(samples):
+        rows = [samples[i] for i in group]
+        if len(rows) > 1:
+            several.append([row["reward"] for row in rows])
         paired = [row for row in rows if row["role"]]
         errors = {row["role"]: common.word_errors(row["text"], row["heard"])[0] for row in paired}
         if len(errors) == 2 and objective == "rba-group":
             gap = errors["negative"] - errors["positive"]
             better["better" if gap > 0 else "worse" if gap < 0 else "alike"] += 1
+    for voice in sorted({row["voice"] for row in samples}):
+        out[f"samples/reward/{voice}"] = fmean(row["reward"] for row in samples if row["voice"] == voice)
+    if len(several) > 1:
+        spread = [torch.tensor(rewards).var() for rewards in several]
+        out["samples/variance_within"] = float(torch.stack(spread).mean())
+        out["samples/variance_between"] = float(torch.tensor([fmean(rewards) for rewards in several]).var())
+        out["samples/headroom"] = fmean(max(rewards) - fmean(rewards) for rewards in several)
     for how, number in better.items():
         out[f"samples/positive_heard_{how}"] = number / better.total()
     out |= {"samples/reward": fmean(row["reward"] for row in samples),
@@ -293,7 +292,7 @@ def backward(model, batch, items, heard, samples, args):
 def align(model, items, heard, reward, run, args, drawn):
     """The stage: in each round sample -> reward -> pairs, then in each of its updates loss -> step -> log.
     drawn: the first round's rows by id, empty until an objective has drawn them; filled here."""
-    groups, samples = list(common.groups_of(items).values()), None
+    groups, samples = common.groups_of(items), None
     if common.rank() == 0 and not run.resume.exists():    # earlier samples are another run's
         (args.work / "samples" / f"{run.name}.jsonl").unlink(missing_ok=True)
     common.barrier()

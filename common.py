@@ -272,11 +272,11 @@ def read_items(work, split):
 
 
 def groups_of(items):
-    """Utterances -> {group: indices of its utterances}, in the order of the file."""
+    """Utterances -> indices of each group's, in the order of the file: list of lists."""
     groups = {}
     for index, item in enumerate(items):
         groups.setdefault(item["group"], []).append(index)
-    return groups
+    return list(groups.values())
 
 
 def digest(value):
@@ -1429,7 +1429,7 @@ class HeldOut:
         items = read_items(args.work, "valid")
         heard = listen_to_split(model, args.work, "valid", items, window=args.window)
         chosen = []
-        for n, group in enumerate(list(groups_of(items).values())[:args.held_out]):
+        for n, group in enumerate(groups_of(items)[:args.held_out]):
             chosen.append(group[n % len(group)])          # each voice in its turn
         self.items, self.heard = [items[i] for i in chosen], [heard[i] for i in chosen]
 
