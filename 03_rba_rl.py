@@ -29,6 +29,7 @@ plots/NAME.png. Without --objective: rba-group, then rba-single.
 import common                                             # first: it says in one line what is missing
 from common import UserError
 
+import bisect
 import itertools
 import random
 from collections import Counter
@@ -131,22 +132,18 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args, dra
             decide_pairs([rows[i] for i in group], args.objective, args.control, args.seed)
         return rows
     path, W = args.work / "samples" / f"{run.name}.jsonl", common.world()
-    held = common.read_jsonl(path, torn=True) if path.exists() else []
+    rows = common.read_jsonl(path, torn=True) if path.exists() else []
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
-    whole, done = sum(row["round"] < round_ for row in held), 0     # rows, and of this round batches, to keep
-    for batch in batches:
-        size = sum(map(len, batch))
-        if whole + size > len(held):
-            break
-        whole, done = whole + size, done + 1
-    rows = held[:whole]
+    sizes = [sum(map(len, batch)) for batch in batches]
+    ends = list(itertools.accumulate(sizes, initial=sum(row["round"] < round_ for row in rows)))
+    done = bisect.bisect(ends, len(rows)) - 1             # whole batches of this round
+    del rows[ends[done]:]
     common.barrier()                                      # all have read it
     if common.rank() == 0:
         common.write_jsonl(path, rows)
     starts = range(done, len(batches), W)
     for at in tqdm(starts, desc=f"sample {run.name}", leave=False, disable=common.rank() > 0):
-        parts = batches[at:at + W]
-        new = common.shared(parts, paired)
+        new = common.shared(batches[at:at + W], paired)
         rows += new
         if common.rank() == 0:
             common.append_jsonl(path, new)
