@@ -127,7 +127,7 @@ def parse_args(doc, flags, argv=None):
     `flags`: {name: keyword arguments of add_argument}; one named like a preset key overrides it. Preset and
     teacher are those that the data in --work were made with. UserError for an unknown flag, preset or value.
     """
-    parser = _Parser(prog=Path(sys.argv[0]).name, description=doc.split("\n\n")[0], allow_abbrev=False)
+    parser = _Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="sets every number (default: the data's, or tiny)")
     parser.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="working directory")
     parser.add_argument("--seed", type=int, default=0, help="every random number of the run derives from it")
@@ -168,18 +168,17 @@ def run(main):
         ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    code = 2
     try:
         main()
         code = 0
     except (UserError, OSError) as error:
         time.sleep(2 * min(rank(), 1))         # of several processes the first prints: torchrun ends the rest
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
     except RuntimeError as error:                         # torch has no class of its own for a CPU's memory
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         print("error: out of memory; use fewer processes or a smaller --micro-tokens", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         code = 130
