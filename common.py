@@ -308,12 +308,11 @@ def record_config(path, config):
 
 def environment():
     """Library versions and hardware, kept beside every output."""
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "torchaudio", "transformers", "openai-whisper", "jiwer", "sacrebleu"):
-        versions[name] = importlib.metadata.version(name)
+    packages = ("torch", "torchaudio", "transformers", "openai-whisper", "jiwer", "sacrebleu")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    hardware = {"cpus": os.cpu_count(), "machine": platform.machine(), "gpu": gpu}
-    return {"versions": versions, "hardware": hardware}
+    return {"versions": {"python": platform.python_version()} | versions,
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "gpu": gpu}}
 
 
 # -------------------------------------------------------------------------------------------------- processes
