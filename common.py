@@ -1388,18 +1388,15 @@ class Reward:
 
     def __call__(self, items, answers):
         """N items, N texts -> list of N floats."""
-        rewards, judged = [0.0] * len(items), []
-        for i, (item, answer) in enumerate(zip(items, answers)):
+        others = [pair for pair in zip(items, answers) if pair[0]["task"] != "s2tt"]
+        scores, rewards = iter(self.judge(*zip(*others)) if others else ()), []
+        for item, answer in zip(items, answers):
             if item["task"] == "s2tt":
                 tokenizer = bleu_tokenizer(item["language"])
                 bleu = sacrebleu.sentence_bleu(answer, [item["response"]], tokenize=tokenizer)
-                rewards[i] = bleu.score / 100
+                rewards.append(bleu.score / 100)
             else:
-                judged.append(i)
-        if judged:
-            scores = self.judge([items[i] for i in judged], [answers[i] for i in judged])
-            for i, score in zip(judged, scores):
-                rewards[i] = score
+                rewards.append(next(scores))
         return rewards
 
 
