@@ -1089,9 +1089,6 @@ PUBLISHED = {"qwen2_audio": "Qwen2AudioForConditionalGeneration",       # transf
 class PublishedSpeechLM(SpeechLM):
     """A SpeechLM of transformers, as the paper's Qwen2-Audio: LoRA in its LLM learns, its audio encoder stays
     as it is. Whisper's transcript is for the WER alone.
-
-    What its LLM reads at the audio tokens is taken where the model's own code hands it over: nothing here
-    knows its inside.
     """
     def _load(self, config, device):
         with loading(config["student"], "SpeechLM") as path:
@@ -1108,8 +1105,7 @@ class PublishedSpeechLM(SpeechLM):
         content = [{"type": "audio", "audio_url": "speech"}]
         content += [{"type": "text", "text": prompt}] * bool(prompt)
         chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        template = self.processor.chat_template or self.tokenizer.chat_template
-        return self.processor.apply_chat_template(chat, template, tokenize=False, add_generation_prompt=True)
+        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def speech_parts(self, prompt):
         parts = self._speech_prompt(prompt).split(self.processor.audio_token)
@@ -1117,7 +1113,8 @@ class PublishedSpeechLM(SpeechLM):
 
     @torch.inference_mode()
     def listen(self, waves, window=30.0):
-        """list of (samples,) -> list of {text, ids, states (n, d_llm)}: what its LLM reads of the audio."""
+        """list of (samples,) -> list of {text, ids, states (n, d_llm)}: what its LLM reads at the audio tokens,
+        taken where the model's own code hands it over. Nothing here knows its inside."""
         class Taken(Exception):
             pass
 
