@@ -1414,15 +1414,14 @@ def answer_log_probs(model, items, heard, answers, batch_size=16):
 
 
 class HeldOut:
-    """The curve that says whether a run learns: fixed utterances of `valid`, one a group."""
+    """The curve that says whether a run learns: fixed utterances of `valid`, one a group, each voice in
+    its turn."""
 
     def __init__(self, model, args, reward):
         self.model, self.reward, self.max_new, self.starts = model, reward, args.max_new, {}
         items = read_items(args.work, "valid")
         heard = listen_to_split(model, args.work, "valid", items, window=args.window)
-        chosen = []
-        for n, group in enumerate(groups_of(items)[:args.held_out]):
-            chosen.append(group[n % len(group)])          # each voice in its turn
+        chosen = [group[n % len(group)] for n, group in enumerate(groups_of(items)[:args.held_out])]
         self.items, self.heard = [items[i] for i in chosen], [heard[i] for i in chosen]
 
     def measure_some(self, some, reference):
