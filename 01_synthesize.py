@@ -163,7 +163,7 @@ class ServedTeacher(common.Served):
 @functools.cache
 def load_teacher(name, device):
     """Cached, like load_asr and load_voice: called wherever it is needed, loaded at the first time."""
-    return ServedTeacher(name) if common.is_url(name) else LocalTeacher(name, device)
+    return ServedTeacher(name) if "://" in name else LocalTeacher(name, device)
 
 
 load_asr = functools.cache(common.load_whisper)
@@ -551,7 +551,7 @@ def main():
         load_asr(args.whisper, args.device)
     config = {key: getattr(args, key) for key in CONFIG}
     config |= dict(teacher=args.teacher.rpartition("#")[2],     # a server may move
-                   served=common.is_url(args.teacher))
+                   served="://" in args.teacher)
     common.record_config(data / "config.json", config)
 
     # ---- 1, 2, 3: instructions, answers, filters

@@ -448,7 +448,7 @@ class KeptJudge:
     """A judge whose verdicts are lines of a file: two answers are judged once, a kill loses one batch."""
 
     def __init__(self, name, device, path):
-        self.judge = ServedJudge(name) if common.is_url(name) else RewardJudge(name, device)
+        self.judge = ServedJudge(name) if "://" in name else RewardJudge(name, device)
         self.name, self.path = getattr(self.judge, "name", name), path
         lines = common.read_jsonl(path, torn=True) if path.exists() else []
         common.write_jsonl(path, lines)                   # without what a kill cut

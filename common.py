@@ -601,10 +601,6 @@ def load_whisper(name, device="cpu"):
     return model.float().eval().requires_grad_(False)
 
 
-def is_url(name):
-    return str(name).startswith(("http://", "https://"))
-
-
 class Served:
     """A model behind an OpenAI-compatible server (vLLM, SGLang): http://HOST:PORT/v1#MODEL."""
 
