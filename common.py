@@ -1,14 +1,11 @@
-"""What at least two of the four stages share: presets, files, models, audio, the SpeechLM, the sampler,
-training.
+"""What at least two of the four stages share, in this order: presets, files, processes, models, audio, LoRA,
+the SpeechLM, log-probabilities and sampling, rewards and training.
 
 Preference optimisation of a SpeechLM on self-generated data (RBA, arXiv 2509.03526). Symbols of the paper: x
 the words, s a voice, x^(s) their speech, p a typed request, y_ref the teacher's response, y^(s) the
 SpeechLM's own sample, pi_theta the SpeechLM, pi_ref its weights when the samples are drawn, pi_T the teacher.
 A *group* is the utterances of one instruction in its S voices. Marks: [paper] the paper says so, [ours] we
 chose.
-
-Reading order: presets - errors and files - processes - models - audio - LoRA - SpeechLM - log-probabilities
-and sampling - rewards and training.
 """
 import argparse
 import contextlib
@@ -1278,10 +1275,8 @@ def sample(llm, prompts, end_id, max_new, seeds, temperature=1.0, top_p=1.0):
     """Continue N prompts, each len(seeds[i]) times: list of N (T_i, d) -> list of N lists of (ids, ended).
 
     A row draws at uniforms of its own seed, so a sample does not depend on its batch; a seed None is greedy.
-    ids hold no end token; ended is False where max_new cut it.
-
-    Fast because every prompt is computed once for all its samples, the rows that have
-    ended leave the batch, and the LM head runs on the last position alone.
+    ids hold no end token; ended is False where max_new cut it. Fast because every prompt is computed once for
+    all its samples, the rows that have ended leave the batch, and the LM head runs on the last position alone.
     """
     body, head, device = llm.get_decoder().eval(), llm.get_output_embeddings(), prompts[0].device
     hidden, cache, bias, sizes = _prefill(llm, prompts, max_new)
@@ -1332,10 +1327,8 @@ def token_batches(lengths, limit):
 
 @torch.inference_mode()
 def answer_all(llm, tokenizer, lengths, prompt_of, end_id, max_new, seeds=None, temperature=1.0):
-    """Continue N prompts, those of like length together -> N Answers, each from its seed, or greedy (None).
-
-    prompt_of(i): the i-th prompt, (T_i, d).
-    """
+    """Continue N prompts, prompt_of(i) (T_i, d), those of like length together -> N Answers, each from its seed,
+    or greedy (None)."""
     answers, order = [None] * len(lengths), sorted(range(len(lengths)), key=lambda i: lengths[i])
     for at in range(0, len(order), 64):
         chosen = order[at:at + 64]
