@@ -63,6 +63,7 @@ SPLITS = ("train", "valid", "test")
 TASKS = ("instruct", "sqa", "s2tt")
 REQUESTS = {"instruct": "", "sqa": "Answer in one to five words.",  # p, what the user types beside the speech
             "s2tt": "Translate what I said into {language}."}
+CHECKPOINT = "rba-speechlm-3"                             # format of NAME.pt
 PROMPT_TOKENS = 40                                      # of a prompt without the words: to size micro-batches
 
 # ---------------------------------------------------------------------------------------------------- presets
@@ -1065,8 +1066,14 @@ class SpeechLM(nn.Module):
     def load(self, path):
         """Load a checkpoint of `Run` ("none": untrained), return its facts; UserError: of another model."""
         held = {"state": self.initial, "config": self.config, "history": []}
-        if str(path) != "none":
-            held = load_checkpoint(path)
+        try:
+            if str(path) != "none":
+                held = torch.load(path, map_location="cpu", weights_only=True)
+                if held.get("format") != CHECKPOINT:
+                    raise ValueError("written by something else")
+        except Exception as error:                        # whatever torch.load raises on foreign bytes
+            reason = next(iter(str(error).splitlines()), "damaged")[:80]
+            raise UserError(f"{path}: no checkpoint of this repo ({reason}); run its stage again") from None
         if held["config"] != self.config or held["state"].keys() != self.initial.keys():
             raise UserError(f"{path}: a checkpoint of {held['config']}, not of {self.config}; give its "
                             "--preset and --student")
@@ -1137,21 +1144,6 @@ class PublishedSpeechLM(SpeechLM):
 
     def hear(self, row):
         return row["states"].to(self.device, torch.float32)
-
-
-CHECKPOINT = "rba-speechlm-3"
-
-
-def load_checkpoint(path):
-    """torch.load(weights_only=True) of a file written by this repo; UserError otherwise."""
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        if held.get("format") != CHECKPOINT:
-            raise ValueError("written by something else")
-        return held
-    except Exception as error:                            # whatever torch.load raises on foreign bytes
-        reason = next(iter(str(error).splitlines()), "damaged")[:80]
-        raise UserError(f"{path}: no checkpoint of this repo ({reason}); run its stage again") from None
 
 
 def listen_to_split(model, work, name, items, condition=None, window=30.0, folder=None):

@@ -29,7 +29,7 @@ def train(work, model, monkeypatch):
         monkeypatch.setattr(sys, "argv", [script, "--work", str(work), "--out", name, *map(str, flags)])
         stage(script).main()
         rows = [json.loads(line) for line in (work / "logs" / f"{name}.jsonl").read_text().splitlines()]
-        return rows, common.load_checkpoint(work / f"{name}.pt")["state"]
+        return rows, torch.load(work / f"{name}.pt", weights_only=True)["state"]
     yield run
     model.set_state(model.initial)
 
