@@ -392,9 +392,7 @@ EMBEDDED = {
         "config.json": ([_MINILM + "config.json"],
                         "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
         "tokenizer.json": ([_MINILM + "tokenizer.json"],
-                           "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
-        "tokenizer_config.json": ([_MINILM + "tokenizer_config.json"],
-                                  "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b")}),
+                           "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037")}),
     "wordllama": (["wordllama==0.4.0.post1"], {
         "model.safetensors": (["wordllama/weights/l2_supercat_256.safetensors"],
                               "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5"),
