@@ -330,7 +330,7 @@ def setup_processes():
     if torch.cuda.is_available():
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
-    if world() > 1 and not dist.is_initialized():     # hours, as the others may wait for one that works alone
+    if world() > 1:                                   # hours, as the others may wait for one that works alone
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return device
 
@@ -1010,8 +1010,7 @@ class SpeechLM(nn.Module):
 
     # ---- speech -> what the LLM reads of it
     def listen(self, waves, window=30.0):
-        """list of (samples,) -> list of {text, ids}: Whisper's transcript and the LLM's tokens of it. Done
-        once and kept: nothing here learns."""
+        """list of (samples,) -> list of {text, ids}: Whisper's transcript and the LLM's tokens of it."""
         return [self.read(text) for text in listen(self.asr, waves, window)]
 
     def read(self, text):
