@@ -30,6 +30,7 @@ import common                                             # first: it says in on
 from common import UserError
 
 import bisect
+import functools
 import itertools
 import random
 from collections import Counter
@@ -37,7 +38,6 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one alone"),
          "beta": dict(type=float, help="β of Eq. 2 and 6"),
@@ -131,7 +131,7 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args, dra
         for group in common.groups_of(rows):
             decide_pairs([rows[i] for i in group], args.objective, args.control, args.seed)
         return rows
-    path, W = args.work / "samples" / f"{run.name}.jsonl", common.world()
+    path = args.work / "samples" / f"{run.name}.jsonl"
     rows = common.read_jsonl(path, torn=True) if path.exists() else []
     batches = [groups[at:at + SAMPLED] for at in range(0, len(groups), SAMPLED)]
     sizes = [sum(map(len, batch)) for batch in batches]
@@ -141,12 +141,8 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args, dra
     common.barrier()                                      # all have read it
     if common.rank() == 0:
         common.write_jsonl(path, rows)
-    starts = range(done, len(batches), W)
-    for at in tqdm(starts, desc=f"sample {run.name}", leave=False, disable=common.rank() > 0):
-        new = common.shared(batches[at:at + W], paired)
-        rows += new
-        if common.rank() == 0:
-            common.append_jsonl(path, new)
+    rows += common.shared(batches[done:], paired, functools.partial(common.append_jsonl, path),
+                          desc=f"sample {run.name}")
     return {row["id"]: row for row in rows if row["round"] == round_}
 
 

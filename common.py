@@ -349,12 +349,15 @@ def gather(values):
     return list(itertools.chain.from_iterable(parts))
 
 
-def shared(parts, work, **bar):
+def shared(parts, work, keep=None, **bar):
     """work(part) of every part, a list, concatenated in the parts' order; the processes share the parts, so
-    what comes out does not depend on their number. bar: tqdm's options."""
+    what comes out does not depend on their number. keep: what one does with a turn's; bar: tqdm's options."""
     rows = []
     for at in tqdm(range(0, len(parts), world()), leave=False, disable=rank() > 0 or not bar, **bar):
-        rows += gather([row for part in parts[at + rank():at + rank() + 1] for row in work(part)])
+        new = gather([row for part in parts[at + rank():at + rank() + 1] for row in work(part)])
+        if keep and rank() == 0:
+            keep(new)
+        rows += new
     return rows
 
 
