@@ -714,7 +714,7 @@ def reverb(wave, rt60, generator, _):
     return torchaudio.functional.fftconvolve(wave, response)[:len(wave)]
 
 
-CONDITIONS = {"noise": (white_noise, "DB"), "babble": (babble, "DB"), "reverb": (reverb, "SECONDS")}
+CONDITIONS = {"noise": white_noise, "babble": babble, "reverb": reverb}
 
 
 def parse_condition(condition):
@@ -725,8 +725,7 @@ def parse_condition(condition):
     if kind in CONDITIONS and re.fullmatch(r"-?\d+(\.\d+)?", amount):
         if kind != "reverb" or float(amount) > 0:
             return kind, float(amount)
-    known = ", ".join(f"{name}:{unit}" for name, (_, unit) in CONDITIONS.items())
-    raise UserError(f"condition {condition}: not clean, {known} (more than 0)")
+    raise UserError(f"condition {condition}: not clean, noise:DB, babble:DB, reverb:SECONDS (more than 0)")
 
 
 def perturb(wave, condition, seed, others=()):
@@ -734,7 +733,7 @@ def perturb(wave, condition, seed, others=()):
     kind, amount = parse_condition(condition)
     if kind == "clean":
         return wave
-    out = CONDITIONS[kind][0](wave, amount, torch.Generator().manual_seed(seed), others)
+    out = CONDITIONS[kind](wave, amount, torch.Generator().manual_seed(seed), others)
     return out / out.abs().max().clamp(min=1.0)
 
 
