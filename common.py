@@ -39,7 +39,6 @@ try:
     import numpy as np
     import sacrebleu
     import soundfile
-    import tokenizers
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -490,12 +489,7 @@ def _gemma_tokenizer(path):
         if kinds[i] == 1:                                 # an ordinary token
             splits = [(tokens[i][:at], tokens[i][at:]) for at in range(1, len(tokens[i]))]
             merges += [(left, right) for left, right in splits if left in ids and right in ids]
-    bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    tokenizer, decoders = tokenizers.Tokenizer(bpe), tokenizers.decoders
-    tokenizer.normalizer, spaces = tokenizers.normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
-    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>",
-                                                chat_template=_LINES)
+    return transformers.GemmaTokenizer(ids, merges, chat_template=_LINES)
 
 
 def _read_ctranslate2(path):
