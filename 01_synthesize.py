@@ -546,6 +546,8 @@ def main():
     args.device, data = common.setup_processes(), args.work / "data"
     if args.s2tt != "none":
         args.language = common.language_name(recordings(args.s2tt, args.seed)[0]["language"])
+    if "://" in args.teacher and "#" not in args.teacher:     # the server's only model
+        args.teacher = load_teacher(args.teacher, args.device).name
     if not (data / "config.json").exists():               # what can't be loaded leaves no configuration
         load_teacher(args.teacher, args.device)
         load_asr(args.whisper, args.device)

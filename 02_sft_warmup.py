@@ -82,7 +82,7 @@ def train(model, items, heard, run, args, loss_of, batches):
     groups, answer_tokens, sizes = common.groups_of(items), [], []
     for item, row in zip(items, heard):
         answer_tokens.append(len(model.answer_ids(item["response"])))
-        sizes.append(common.PROMPT_TOKENS + len(row["ids"]) + len(item["response"]) // 4)
+        sizes.append(common.PROMPT_TOKENS + len(row["ids"]) + answer_tokens[-1])
     for step in run.updates():
         batch = list(itertools.chain(*(groups[g] for g in batches[step])))
         mine, total = sorted(batch[common.rank()::common.world()], key=sizes.__getitem__), 0.0

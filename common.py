@@ -1087,12 +1087,12 @@ class PublishedSpeechLM(SpeechLM):
         with loading(config["student"], "SpeechLM") as path:
             kind = PUBLISHED[transformers.AutoConfig.from_pretrained(path).model_type]
             self.processor = transformers.AutoProcessor.from_pretrained(path)
-            self.llm = getattr(transformers, kind).from_pretrained(path, dtype=native_dtype()).to(device)
+            self.llm = getattr(transformers, kind).from_pretrained(path, dtype=native_dtype())
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.chat_template = self.tokenizer.chat_template or self.processor.chat_template
         checked(self.tokenizer, config["student"])
         self.audio_id = self.tokenizer.convert_tokens_to_ids(self.processor.audio_token)
-        self.asr = load_whisper(config["whisper"], device)
+        self.llm, self.asr = self.llm.to(device), load_whisper(config["whisper"], device)
 
     def _speech_prompt(self, prompt):
         content = [{"type": "audio", "audio_url": "speech"}]

@@ -226,6 +226,18 @@ def test_the_request_to_a_served_teacher(monkeypatch):
     assert teacher.tokenizer.decode(before).endswith("<|im_start|>user\n")
 
 
+def test_the_name_of_a_servers_only_model_is_kept(monkeypatch, tmp_path):
+    def record_config(path, config):
+        raise common.UserError(config["teacher"])                # nothing is written
+    monkeypatch.setattr(common.Served, "call", lambda *_, **__: common.resolve("smollm2-135m"))
+    monkeypatch.setattr(common, "record_config", record_config)
+    for address in ("http://localhost:1/v1", "http://localhost:1/v1#" + common.resolve("smollm2-135m")):
+        flags = ["--work", str(tmp_path / "work"), "--teacher", address]
+        monkeypatch.setattr(sys, "argv", ["01_synthesize.py", *flags])
+        with pytest.raises(common.UserError, match=common.resolve("smollm2-135m") + "$"):
+            synthesize.main()
+
+
 @pytest.mark.parametrize("name, language", [
     ("covost2", "German"), ("mustc", "French"), ("fleurs", "Chinese")])
 def test_s2tt_on_recordings(name, language, tmp_path, waves, monkeypatch):

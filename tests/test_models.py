@@ -9,6 +9,7 @@ import zipfile
 from types import SimpleNamespace
 from collections import Counter
 
+import gguf
 import numpy as np
 import pytest
 import soundfile
@@ -251,6 +252,22 @@ def test_gemmas_tokenizer_is_the_original():
     before, after, end = common.chat_parts(tokenizer)
     assert tokenizer.decode(before) == f"<bos>{common.SYSTEM}\n\nUser:\n" and tokenizer.decode([end]) == "\n"
     assert tokenizer.decode(after) == "\n\nAssistant:\n"
+
+
+def test_gemmas_tokenizer_out_of_a_gguf(tmp_path):
+    """Merges by the scores; what a base model samples beside words is not read as one."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "b", "c", "bc", "ab", "▁"]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_types([3, 3, 3, 2, *[1] * 6])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = common._gemma_tokenizer(tmp_path / "model.gguf")
+    assert tokenizer("abc ab", add_special_tokens=False).input_ids == [4, 7, 9, 8]         # bc before ab
+    assert tokenizer.decode([8, 1, 5], skip_special_tokens=True) == "abb"
 
 
 def test_text_llm_is_the_base_model_whatever_the_adapter(restored):
