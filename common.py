@@ -1106,8 +1106,8 @@ class PublishedSpeechLM(SpeechLM):
 
     @torch.inference_mode()
     def listen(self, waves, window=30.0):
-        """list of (samples,) -> list of {text, ids, states (n, d_llm)}: what its LLM reads at the audio tokens,
-        taken where the model's own code hands it over. Nothing here knows its inside."""
+        """list of (samples,) -> list of {text, ids, states (n, d_llm)}: what its LLM reads at the audio
+        tokens, taken where the model's own code hands it over. Nothing here knows its inside."""
         class Taken(Exception):
             pass
 
@@ -1260,9 +1260,8 @@ def sample(llm, prompts, end_id, max_new, seeds, temperature=1.0, top_p=1.0):
     """Continue N prompts, each len(seeds[i]) times: list of N (T_i, d) -> list of N lists of (ids, ended).
 
     A row draws at uniforms of its own seed, so a sample does not depend on its batch; a seed None is greedy.
-    ids hold no end token; ended is False where max_new cut it. Fast because every prompt is computed once for
-    all its samples, the rows that have ended leave the batch, and the LM head runs on the last position alone.
-    """
+    ids hold no end token; ended is False where max_new cut it. Fast because a prompt is computed once for all
+    its samples, rows that have ended leave the batch, and the LM head runs on the last position alone."""
     body, head, device = llm.get_decoder().eval(), llm.get_output_embeddings(), prompts[0].device
     hidden, cache, bias, sizes = _prefill(llm, prompts, max_new)
     width, counts = max(map(len, prompts)), [len(own) for own in seeds]
@@ -1312,8 +1311,8 @@ def token_batches(lengths, limit):
 
 @torch.inference_mode()
 def answer_all(llm, tokenizer, lengths, prompt_of, end_id, max_new, seeds=None, temperature=1.0):
-    """Continue N prompts, prompt_of(i) (T_i, d), those of like length together -> N Answers, each from its seed,
-    or greedy (None)."""
+    """Continue N prompts, prompt_of(i) (T_i, d), those of like length together -> N Answers, each from its
+    seed, or greedy (None)."""
     answers, order = [None] * len(lengths), sorted(range(len(lengths)), key=lambda i: lengths[i])
     for at in range(0, len(order), 64):
         chosen = order[at:at + 64]
