@@ -44,7 +44,8 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-FLAGS = {split: dict(help='groups a task, e.g. "instruct=24,sqa=24,s2tt=8"') for split in SPLITS}
+FLAGS = {split: dict(help='groups a task, of which speech drops some, e.g. "instruct=24,sqa=24,s2tt=8"')
+         for split in SPLITS}
 FLAGS["s2tt"] = dict(metavar="KIND:PATH", help="recordings in the place of s2tt's synthesis, as published: "
                      "covost2:DIR/covost_v2.en_de.train.tsv, mustc:DIR/en-de/data/train, "
                      "fleurs:DIR/en_us/train.tsv:de_de")
@@ -543,6 +544,8 @@ def main():
     args = common.parse_args(__doc__, FLAGS)
     counts = {split: parse_counts(getattr(args, split)) for split in SPLITS}
     voices, unheard = read_voices(args)
+    if args.s2tt != "none" and not any(asked["s2tt"] for asked in counts.values()):
+        raise UserError("--s2tt: no split asks for s2tt; give --train, --valid, --test with all their tasks")
     args.device, data = common.setup_processes(), args.work / "data"
     if args.s2tt != "none":
         args.language = common.language_name(recordings(args.s2tt, args.seed)[0]["language"])

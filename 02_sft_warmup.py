@@ -4,12 +4,12 @@ budget.
 - sft [paper, Eq. 1]: L_CE = -(1/S) sum_s sum_t log pi_theta(y_ref,t | x^(s), y_ref,<t), over the S voices of
   an instruction: summed over the answer's tokens, averaged over utterances. The baseline, and what RBA starts
   from.
-- sft+ [ours]: more of the same from sft.pt, with the batches and the number of updates of stage 3.
+- sft+ [ours]: more of the same from sft.pt, in stage 3's batches: give both the same flags.
 - kd [ours]: sum_t KL(pi_T(. | x, p, y_ref,<t) || pi_theta(. | x^(s), p, y_ref,<t)), reduced alike, from
   sft.pt with the same budget; where teacher and student share their token ids.
 
-Without --objective: sft, sft+, kd. The last update is what is kept [ours]: the paper chooses by validation,
-and the likelihood of y_ref chooses badly.
+Without --objective: sft, sft+ and, where teacher and student are one model, kd. The last update is what is
+kept [ours]: the paper chooses by validation, and the likelihood of y_ref chooses badly.
 
 Reads DIR/data. Writes DIR/NAME.pt, NAME.config.json, logs/NAME.jsonl, plots/NAME.png; heard/ keeps what
 Whisper made of the speech.

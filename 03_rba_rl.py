@@ -44,8 +44,6 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
          "lambda-ce": dict(type=float, help="λ of Eq. 5"),
          "ce-reduction": dict(choices=("sum", "mean"), help="of L_CE over an answer's tokens; Eq. 1: sum"),
          "temperature": dict(type=float, help="T at which the samples are drawn"),
-         "reward": dict(metavar="semantic|beyond|MODEL", help="r of rba-group: closeness to y_ref; the same "
-                        "beyond what x earns; a reward model: directory or hub id"),
          "reference": dict(choices=("init", "none"), default="init", help="none: V = pi_theta"),
          "rounds": dict(type=common.count, help="how often samples are drawn"),
          "control": dict(choices=("shuffled", "positive", "text"), default="none", help="what must not work "

@@ -11,13 +11,13 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
    one run, after Whisper's normalisation: the paper does not give its rule.
 3. [paper] Translation: corpus BLEU (sacrebleu as it is, its version in results.json); [ours] chrF beside it.
 4. [paper] Consistency: mean cosine of the answers to one instruction in its voices, by
-   paraphrase-mpnet-base-v2; [ours] by WordLlama, which is no reward either, beside the cosine of answers to
-   different instructions: who says one thing is consistent.
+   paraphrase-mpnet-base-v2; [ours] in tiny and small by WordLlama, which is no reward either; beside the
+   cosine of answers to different instructions: who says one thing is consistent.
 5. [ours] Agreement with y_ref, unheard voices, planned contrasts with Holm's correction.
 
 Each number has a 95 % bootstrap interval over instructions (all voices of one together), a planned contrast a
-sign-flip test over them, as a bootstrap's p is too small for few. Both ask what other instructions would say
-of these checkpoints; what other training would give, only further seeds' numbers say.
+sign-flip test over them, as a bootstrap's p is too small for few. Both are about these checkpoints on other
+instructions; what another training would give, only further seeds say.
 
 Reads DIR/data/test.jsonl, DIR/*.pt. Writes DIR/answers/, results.json, results.md, results.png.
 
@@ -172,9 +172,14 @@ def usable(items):
 
 
 # ---------------------------------------------------------------------------------------------------- answers
+def trained_in(work):
+    """Names of the checkpoints in DIR."""
+    return [path.stem for path in work.glob("*.pt") if not path.stem.endswith(".resume")]
+
+
 def choose_checkpoints(args):
     """Names of the checkpoints to evaluate, in the tables' order; UserError for one that is not in DIR."""
-    trained = [path.stem for path in args.work.glob("*.pt") if not path.stem.endswith(".resume")]
+    trained = trained_in(args.work)
     chosen = args.systems.split(",") if args.systems else [*UNTRAINED, *trained]
     for name in set(chosen) - {*UNTRAINED, *trained}:
         raise UserError(f"--systems {name}: no {args.work / name}.pt; there are {', '.join(sorted(trained))}")
@@ -323,7 +328,8 @@ def consistency(vectors, groups):
     counts = resample_counts(len(sums))                                                    # (1 + R, G)
     pairs = ((counts @ different) * counts).sum(1)
     cosines = ((counts @ (means @ means.T * different)) * counts).sum(1)
-    return same[:, 0], cosines / np.maximum(pairs, 1)
+    cosines = cosines / np.maximum(pairs, 1)
+    return same[:, 0], np.where(pairs > 0, cosines, cosines[0])   # of one instruction, drawn again and again
 
 
 def embed_answers(by_condition, encoder):
@@ -377,7 +383,9 @@ def measure_instruct(rows, groups, vectors):
     if min(Counter(groups).values()) > 1:                 # several voices
         answers = np.stack([vectors[row["answer"]] for row in rows])
         same, different = consistency(answers, groups)
-        scores |= {"consistency": mean_of(same), "different instructions": Measured(different)}
+        scores["consistency"] = mean_of(same)
+        if len(same) > 1:
+            scores["different instructions"] = Measured(different)
         transcripts = {}
         for row in rows:
             transcripts.setdefault(row["group"], set()).add(common.normalise(row["transcript"]))
@@ -411,9 +419,10 @@ QUESTION = ("Which of two answers to a spoken request is better: more helpful, m
 
 
 def read_verdict(said):
-    """A judge's reply -> 1 where it begins or ends with A, 0 with B, 0.5 with neither."""
+    """A judge's reply -> 1 where it begins with A, or ends with it and names no other; 0 with B; else 0.5."""
     begins = re.match(r"\W*(?:[Aa]nswer\W+)?([AB])(?=\W*$|[^\w\s]|\s*\n| is\b(?! worse))", said)
-    letter = begins or re.search(r"\b([AB])\W*$", said)
+    both = {"A", "B"}.issubset(re.findall(r"\b[AB]\b", said)) and "worse" not in said
+    letter = begins or (None if both else re.search(r"\b([AB])\W*$", said))
     return float(letter[1] == "A") if letter else 0.5
 
 
@@ -430,9 +439,12 @@ class ServedJudge(common.Served):
 
     def __call__(self, rows, others):
         with ThreadPoolExecutor(8) as pool:
-            forth = pool.map(self.prefers, rows, rows, others)
-            back = pool.map(self.prefers, rows, others, rows)
-            return [(a + 1 - b) / 2 for a, b in zip(forth, back)]
+            forth = list(pool.map(self.prefers, rows, rows, others))
+            back = list(pool.map(self.prefers, rows, others, rows))
+        if len(rows) > 4 and set(forth + back) == {0.5}:
+            raise UserError(f"{self.name}: none of its {2 * len(rows)} replies names A or B; give a judge "
+                            "that answers at once, without thinking aloud")
+        return [(a + 1 - b) / 2 for a, b in zip(forth, back)]
 
 
 class RewardJudge(common.RewardModel):
@@ -680,7 +692,7 @@ def main():
     args = common.parse_args(__doc__, FLAGS)
     if args.draw:
         return report(read_results(args.draw), Path(args.draw))
-    if args.ask and not any(args.work.glob("*.pt")):      # right after the installation: what is shipped
+    if args.ask and not trained_in(args.work):            # right after the installation: what is shipped
         vars(args).update(common.PRESETS["tiny"], work=Path(__file__).resolve().with_name("assets"))
     checkpoints, systems = choose_checkpoints(args), {}
     if args.ask:

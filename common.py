@@ -153,7 +153,9 @@ TRAIN_FLAGS = {                                           # of 02 and 03
     "max-steps": dict(type=count, help="updates"),
     "batch-size": dict(type=count, help="groups (instructions) an update"),
     "micro-tokens": dict(type=count, help="tokens a forward pass; lower it when memory runs out"),
-    "lr": dict(type=float, help="peak learning rate")}
+    "lr": dict(type=float, help="peak learning rate"),
+    "reward": dict(metavar="semantic|beyond|MODEL", help="r of rba-group and of the held-out curve: "
+                   "closeness to y_ref; the same beyond what x earns; a reward model: directory or hub id")}
 
 
 def run(main):
@@ -175,7 +177,7 @@ def run(main):
     except RuntimeError as error:                         # torch has no class of its own for a CPU's memory
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        print("error: out of memory; use fewer processes or a smaller --micro-tokens", file=sys.stderr)
+        print("error: out of memory; use fewer processes, or in 02, 03 fewer --micro-tokens", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         code = 130
@@ -1097,7 +1099,8 @@ class PublishedSpeechLM(SpeechLM):
     def _speech_prompt(self, prompt):
         content = [{"type": "audio", "audio_url": "speech"}]
         content += [{"type": "text", "text": prompt}] * bool(prompt)
-        chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        chat = [{"role": "system", "content": SYSTEM}] if SYSTEM is not None else []
+        chat.append({"role": "user", "content": content})
         return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def speech_parts(self, prompt):
@@ -1341,8 +1344,9 @@ class Reward:
     sentence BLEU of y against y_ref, 0 to 1 [paper]."""
 
     def __init__(self, args, device):
-        if args.reward in ("semantic", "beyond"):
-            self.embedder, self.judge = Embedder(args.embedder, device), getattr(self, args.reward)
+        own = {"semantic": self.semantic, "beyond": self.beyond}
+        if args.reward in own:
+            self.embedder, self.judge = Embedder(args.embedder, device), own[args.reward]
         else:
             self.judge = RewardModel(args.reward, device)
 
@@ -1420,7 +1424,7 @@ class HeldOut:
     def measure(self, reference):
         """Of pi_theta now, a row of the log: means over utterances, the greedy reward also where the words
         were heard right and where not, and every utterance's own, to pair with another step's. kl: of samples
-        at T = 1 to the weights `reference`, pi_ref's; tokens: of greedy answers."""
+        at T = 1 to the weights `reference`, the run's first; tokens: of greedy answers."""
         parts = [range(len(self.items))[at:at + 32] for at in range(0, len(self.items), 32)]
         rows = shared(parts, lambda part: self.measure_some(part, reference))
         out = {"held_out/rewards": [round(row["reward_greedy"], 4) for row in rows]}

@@ -306,6 +306,13 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
         judge(rows_of("New."), OTHER)
 
 
+def test_a_judge_that_names_no_answer_is_refused(monkeypatch):
+    monkeypatch.setattr(common.Served, "call", lambda *_, **__: "<think> The user wants")
+    judge = evaluate.ServedJudge("http://localhost:1/v1#thinker")
+    with pytest.raises(common.UserError, match="#thinker: none of its 12 replies names A or B"):
+        judge(OWN * 2, OTHER * 2)
+
+
 def test_of_two_answers_the_higher_reward_wins(monkeypatch):
     rewards = {"Good.": 2.0, "Bake.": -1.0, "Neil.": 0.5}
 
@@ -319,6 +326,7 @@ def test_of_two_answers_the_higher_reward_wins(monkeypatch):
 @pytest.mark.parametrize("reply, expected", [
     ("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A. More helpful than B", 1),
     ("A is worse than B", 0), ("A is more helpful", 1),
+    ("I prefer A over B.", 0.5), ("Neither A nor B.", 0.5),
     ("B\n\nBecause answer A", 0), ("I would choose B", 0), ("Both are fine", 0.5), ("", 0.5), ("None", 0.5)])
 def test_a_judges_verdict_is_read(reply, expected):
     assert evaluate.read_verdict(reply) == expected
@@ -427,7 +435,19 @@ def test_consistency_against_a_brute_force_loop():
         for one, two in itertools.combinations(np.repeat(list("abcd"), drawn), 2):
             if one != two:                                # an instruction drawn twice is no other instruction
                 pairs.append(np.mean([u @ v for u, v in itertools.product(members(one), members(two))]))
-        assert score == pytest.approx(np.mean(pairs) if pairs else 0)
+        assert score == pytest.approx(np.mean(pairs) if pairs else different[0])
+
+
+def test_of_one_instruction_there_is_no_other():
+    vectors = {"r": np.array([1.0, 0]), "s": np.array([0.0, 1])}
+    scores = evaluate.measure_instruct(instruct_rows("rs", "ab", "cc"), list("cc"), vectors)
+    assert scores["consistency"].score[0] == 0 and "different instructions" not in scores
+
+
+def test_a_resume_file_is_no_checkpoint(tmp_path):
+    for name in ("sft.pt", "sft+.resume.pt"):
+        (tmp_path / name).touch()
+    assert evaluate.trained_in(tmp_path) == ["sft"]
 
 
 def instruct_rows(answers, transcripts, groups):

@@ -183,6 +183,8 @@ BAD = {
     "no results": ("04_evaluate.py", ["--draw", "README.md"], None, "README.md: no results.json"),
     "a served teacher": ("04_evaluate.py", ["--data", "{work}/set.jsonl", "--systems", "text"], served,
                          "--systems text: a served teacher answers in 01 alone"),
+    "no s2tt": ("01_synthesize.py", ["--preset", "small", "--s2tt", "covost2:x.tsv"], None,
+                "--s2tt: no split asks for s2tt"),
     "a recording": ("04_evaluate.py", ["--ask", "gone.wav", "--systems", "base"], None, "gone.wav"),
     "a voice": ("01_synthesize.py", ["--train", "poems=3"], None, "poems=3 is not TASK=NUMBER")}
 
