@@ -42,6 +42,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name != "test_robustness.py")    # the longest first: no worker waits
     for item in items:
         if "work" in item.fixturenames:                   # one worker makes it, and tests all that need it
             item.add_marker(pytest.mark.xdist_group("work"))
