@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-if "PYTEST_XDIST_WORKER" in os.environ:                   # of several workers each takes one core
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,10 +39,6 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name != "test_robustness.py")    # the longest first: no worker waits
-    for item in items:
-        if "work" in item.fixturenames:                   # one worker makes it, and tests all that need it
-            item.add_marker(pytest.mark.xdist_group("work"))
     if not config.option.markexpr:
         later = [item for item in items if {"slow", "learns"} & set(item.keywords)]
         config.hook.pytest_deselected(items=later)
