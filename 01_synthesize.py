@@ -544,10 +544,10 @@ def main():
     args = common.parse_args(__doc__, FLAGS)
     counts = {split: parse_counts(getattr(args, split)) for split in SPLITS}
     voices, unheard = read_voices(args)
-    if args.s2tt != "none" and not any(asked["s2tt"] for asked in counts.values()):
-        raise UserError("--s2tt: no split asks for s2tt; give --train, --valid, --test with all their tasks")
     args.device, data = common.setup_processes(), args.work / "data"
     if args.s2tt != "none":
+        if not any(asked["s2tt"] for asked in counts.values()):
+            raise UserError("--s2tt: no split asks for s2tt; name all tasks in --train, --valid, --test")
         args.language = common.language_name(recordings(args.s2tt, args.seed)[0]["language"])
     if "://" in args.teacher and "#" not in args.teacher:     # the server's only model
         args.teacher = load_teacher(args.teacher, args.device).name

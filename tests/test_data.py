@@ -228,7 +228,7 @@ def test_the_request_to_a_served_teacher(monkeypatch):
 
 def test_the_name_of_a_servers_only_model_is_kept(monkeypatch, tmp_path):
     def record_config(path, config):
-        raise common.UserError(config["teacher"])                # nothing is written
+        raise common.UserError(config["teacher"])         # nothing is written
     monkeypatch.setattr(common.Served, "call", lambda *_, **__: common.resolve("smollm2-135m"))
     monkeypatch.setattr(common, "record_config", record_config)
     for address in ("http://localhost:1/v1", "http://localhost:1/v1#" + common.resolve("smollm2-135m")):

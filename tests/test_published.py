@@ -197,49 +197,49 @@ def test_only_lora_in_the_llm_is_trained_saved_and_loaded(published, tmp_path):
 
 # ----------------------------------------------------------------------------------------- the stages
 @pytest.fixture
-def copied(groups, tmp_path):
+def work(groups, tmp_path):
     """A copy of the groups: four instructions, in valid and test two, in two voices each."""
-    copied = shutil.copytree(groups, tmp_path / "work")
-    for path in (copied / "data").glob("*.jsonl"):
+    work = shutil.copytree(groups, tmp_path / "work")
+    for path in (work / "data").glob("*.jsonl"):
         rows = [row for row in common.read_jsonl(path) if row["voice"] in ("tempo-0", "tempo-3")]
         common.write_jsonl(path, rows if path.stem == "train" else rows[:4])
-    return copied
+    return work
 
 
 @pytest.fixture
-def run(copied, monkeypatch):
+def run(work, monkeypatch):
     """A stage's own main() in this process."""
     monkeypatch.setitem(common.PRESETS, "tiny", common.PRESETS["tiny"] | dict(max_new=16, held_out=2))
 
     def go(script, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--work", str(copied), *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--work", str(work), *map(str, flags)])
         stage(script).main()
     return go
 
 
 @only_qwen2_audio
-def test_a_published_student_goes_through_all_stages(published, run, copied):
+def test_a_published_student_goes_through_all_stages(published, run, work):
     student = "--batch-size", 4, "--student", published.folder
     run("02_sft_warmup", *student, "--objective", "sft", "--max-steps", 20, "--lr", 2e-2)   # answers end then
     run("03_rba_rl", *student, "--max-steps", 2)
     for name in ("rba-group", "rba-single"):
-        held = torch.load(copied / f"{name}.pt", weights_only=True)
+        held = torch.load(work / f"{name}.pt", weights_only=True)
         assert [past["objective"] for past in held["history"]] == ["sft", name]
         assert held["state"].keys() == published.ours.trainable().keys()
-        assert log_of(copied, name)[-1]["pairs"] > 0 and log_of(copied, name)[-1]["grad_norm"] > 0
+        assert log_of(work, name)[-1]["pairs"] > 0 and log_of(work, name)[-1]["grad_norm"] > 0
     run("04_evaluate", *student[2:], "--conditions", "noise:5")
-    systems = json.loads((copied / "results.json").read_text())["systems"]
+    systems = json.loads((work / "results.json").read_text())["systems"]
     assert systems == ["text", "base", "sft", "rba-single", "rba-group"]
 
 @only_qwen2_audio
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(published, copied):
+def test_two_processes_have_the_gradients_of_one(published, work):
     """At a low temperature: where 49155 tokens are about as likely, rounding would choose another one."""
     found, flags = [], ("--objective", "rba-single", "--init", "none", "--max-steps", 1, "--batch-size", 3)
     for processes in (1, 2):
-        path = copied / f"gradients-{processes}"
-        run_stage("03_rba_rl.py", copied, *flags, "--student", published.folder, "--temperature", 0.1,
-                  "--out", f"by-{processes}", processes=processes, FLOAT32=1, GRADIENTS=path)
+        path = work / f"gradients-{processes}"
+        run_stage("03_rba_rl.py", work, *flags, "--student", published.folder, "--temperature", 0.1, "--out",
+                  f"by-{processes}", processes=processes, FLOAT32=1, GRADIENTS=path)
         found.append(torch.load(path, weights_only=True))
     assert torch.stack([gradient.norm() for gradient in found[0]]).sum() > 0
     for one, two in zip(*found, strict=True):
@@ -263,16 +263,16 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(common.resolve("smollm2-135m"))
 
 
-def test_a_teacher_with_other_tokens_teaches_by_its_words_alone(run, copied, tokenizer, tmp_path):
+def test_a_teacher_with_other_tokens_teaches_by_its_words_alone(run, work, tokenizer, tmp_path):
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     write_llama(student, transformers.LlamaForCausalLM, tokenizer)
     tokenizer.add_tokens(["<|one more|>"])
     write_llama(teacher, transformers.LlamaForCausalLM, tokenizer)
     config = {"preset": "tiny", "teacher": str(teacher), "served": False}
-    common.write_json(copied / "data" / "config.json", {"config": config})
+    common.write_json(work / "data" / "config.json", {"config": config})
     flags = "--student", student, "--max-steps", 1, "--batch-size", 2
     run("02_sft_warmup", *flags)                          # all that can be computed
-    assert {path.name for path in copied.glob("*.pt")} == {"sft.pt", "sft+.pt"}
+    assert {path.name for path in work.glob("*.pt")} == {"sft.pt", "sft+.pt"}
     with pytest.raises(common.UserError, match="different token ids; use --objective sft"):
         run("02_sft_warmup", *flags, "--objective", "kd")
 

@@ -42,12 +42,11 @@ def test_02_killed_in_its_writes_repeats_every_loss(copy):
     assert "done already" in run_stage("02_sft_warmup.py", killed, *SFT)
 
 
-@pytest.mark.parametrize("kills", [(7,), pytest.param((7, 11), marks=pytest.mark.slow)])
-def test_03_killed_in_its_writes_repeats_samples_and_losses(kills, copy):
-    """Two rounds; killed in a sample, and in the second round's log."""
+def test_03_killed_in_its_writes_repeats_samples_and_losses(copy):
+    """Two rounds; killed in a sample and in the second round's log."""
     whole, killed = copy("whole"), copy("killed")
     run_stage("03_rba_rl.py", whole, *GROUP)
-    for at in kills:
+    for at in (7, 11):
         die("03_rba_rl.py", killed, at, *GROUP)
     run_stage("03_rba_rl.py", killed, *GROUP)
     assert log_of(whole, "rba-group") == log_of(killed, "rba-group")
