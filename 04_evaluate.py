@@ -13,7 +13,8 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
 4. [paper] Consistency: mean cosine of the answers to one instruction in its voices, by
    paraphrase-mpnet-base-v2; [ours] in tiny and small by WordLlama, which is no reward either; beside the
    cosine of answers to different instructions: who says one thing is consistent.
-5. [ours] Agreement with y_ref, unheard voices, planned contrasts with Holm's correction.
+5. [ours] Agreement with y_ref, also beyond x's own words: a cosine pays for saying the question back;
+   unheard voices; planned contrasts with Holm's correction.
 
 Each number has a 95 % bootstrap interval over instructions (all voices of one together), a planned contrast a
 sign-flip test over them, as a bootstrap's p is too small for few. Both are about these checkpoints on other
@@ -77,7 +78,8 @@ class Column(NamedTuple):
 
 
 ACCURACY, SIMILARITY = Column("sqa", "accuracy"), Column("instruct", "similarity")
-COSINES = ("similarity", "consistency", "consistency, heard differently", "different instructions")   # 0 to 1
+COSINES = ("similarity", "beyond x", "consistency", "consistency, heard differently",
+           "different instructions")                      # up to 1
 MAIN = (ACCURACY, SIMILARITY, Column("s2tt", "BLEU"))     # of the figure
 TABLES = {
     "Win rate, %": [Column("instruct", "WR", other) for other in OPPONENTS],
@@ -87,7 +89,8 @@ TABLES = {
     "Consistency over voices": [
         Column("instruct", "consistency"), Column("instruct", "consistency, heard differently"),
         Column("instruct", "different instructions"), ACCURACY],
-    "Agreement with y_ref": [SIMILARITY, Column("instruct", "chrF"), Column("instruct", "words")],
+    "Agreement with y_ref": [
+        SIMILARITY, Column("instruct", "beyond x"), Column("instruct", "chrF"), Column("instruct", "words")],
     "Heard and unheard voices": [
         ACCURACY._replace(voices="heard"), ACCURACY._replace(voices="unheard"),
         SIMILARITY._replace(voices="heard"), SIMILARITY._replace(voices="unheard")]}
@@ -333,12 +336,12 @@ def consistency(vectors, groups):
 
 
 def embed_answers(by_condition, encoder):
-    """{text: unit row (d,)} of every answer and first reference to an instruction, by an encoder that is no
+    """{text: unit row (d,)} of every instruction, answer to it and first reference, by an encoder that is no
     reward: sentence embeddings, or `wordllama`, the mean of static token vectors (github.com/dleemiller)."""
     texts = set()
     for answers in by_condition.values():
         for row in of_task(sum(answers.values(), []), "instruct"):
-            texts.update((row["answer"], *row["reference"][:1]))
+            texts.update((row["text"], row["answer"], *row["reference"][:1]))
     texts = sorted(texts)
     if encoder != "wordllama":
         return dict(zip(texts, common.Embedder(encoder)(texts).double().numpy())) if texts else {}
@@ -355,6 +358,16 @@ def embed_answers(by_condition, encoder):
 def cosines(vectors, rows):
     """(N,) of each answer to its item's first reference. vectors: {text: unit row}."""
     return np.array([vectors[row["answer"]] @ vectors[row["reference"][0]] for row in rows])
+
+
+def beyond_x(vectors, rows):
+    """(N,) of each answer: cos(y, y_ref) - cos(y, x) cos(x, y_ref), 0 where it says the question back, which
+    earns a high cosine to a y_ref that takes up its words."""
+    echoes = []
+    for row in rows:
+        x, y_ref = vectors[row["text"]], vectors[row["reference"][0]]
+        echoes.append((vectors[row["answer"]] @ x) * (x @ y_ref))
+    return cosines(vectors, rows) - echoes
 
 
 def measure_sqa(rows, groups, _):
@@ -380,6 +393,7 @@ def measure_instruct(rows, groups, vectors):
         values = [sacrebleu.sentence_chrf(row["answer"], row["reference"]).score for row in rows]
         scores["chrF"] = mean_of(group_means(values, groups))
         scores["similarity"] = mean_of(group_means(cosines(vectors, rows), groups))
+        scores["beyond x"] = mean_of(group_means(beyond_x(vectors, rows), groups))
     if min(Counter(groups).values()) > 1:                 # several voices
         answers = np.stack([vectors[row["answer"]] for row in rows])
         same, different = consistency(answers, groups)

@@ -453,8 +453,8 @@ def test_a_resume_file_is_no_checkpoint(tmp_path):
 def instruct_rows(answers, transcripts, groups):
     rows = []
     for answer, transcript, group in zip(answers, transcripts, groups):
-        rows.append(dict(task="instruct", group=group, answer=answer, words=1, transcript=transcript,
-                         reference=["r"]))
+        rows.append(dict(task="instruct", group=group, text="s", answer=answer, words=1,
+                         transcript=transcript, reference=["r"]))
     return rows
 
 
@@ -466,6 +466,17 @@ def test_consistency_over_groups_that_were_heard_differently():
     assert scores["consistency, heard differently"].score[0] == pytest.approx(1 / 2)                 # b and c
     assert scores["similarity"].score[0] == pytest.approx(5 / 6)
     assert scores["different instructions"].score[0] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+
+
+def test_what_an_answer_says_beyond_the_question():
+    """A cosine is high for a question said back; what is left without it is the part of y_ref across x."""
+    x, y_ref, y = (unit / np.linalg.norm(unit) for unit in np.random.default_rng(0).normal(0.5, 1, (3, 8)))
+    vectors, across = dict(x=x, r=y_ref, y=y), y_ref - x * (x @ y_ref)
+    rows = [dict(row, text="x") for row in instruct_rows("xry", "abc", "ghi")]
+    wanted = [0, across @ across, y @ across]
+    assert evaluate.beyond_x(vectors, rows) == pytest.approx(wanted, abs=1e-12)
+    assert evaluate.measure_instruct(rows, list("ghi"), vectors)["beyond x"].score[0] == \
+        pytest.approx(np.mean(wanted))
 
 
 def test_the_length_controlled_win_rate_takes_length_out():
