@@ -154,8 +154,9 @@ TRAIN_FLAGS = {                                           # of 02 and 03
     "batch-size": dict(type=count, help="groups (instructions) an update"),
     "micro-tokens": dict(type=count, help="tokens a forward pass; lower it when memory runs out"),
     "lr": dict(type=float, help="peak learning rate"),
-    "reward": dict(metavar="semantic|beyond|MODEL", help="r of rba-group and of the held-out curve: "
-                   "closeness to y_ref; the same beyond what x earns; a reward model: directory or hub id")}
+    "reward": dict(metavar="semantic|unechoed|MODEL", help="r of rba-group and of the held-out curve: "
+                   "closeness to y_ref; the same less half of what x's own words earn; a reward model: "
+                   "directory or hub id")}
 
 
 def run(main):
@@ -1340,11 +1341,11 @@ def bleu_tokenizer(language):
 
 class Reward:
     """r of an answer y: a reward model's, which reads x, p and y [paper: ArmoRM]; [ours] `semantic`: cosine
-    of the sentence embeddings of y and y_ref, `beyond`: of that what x alone would not earn; for s2tt
-    sentence BLEU of y against y_ref, 0 to 1 [paper]."""
+    of the sentence embeddings of y and y_ref, `unechoed`: less half of what it owes to x's own words; for
+    s2tt sentence BLEU of y against y_ref, 0 to 1 [paper]."""
 
     def __init__(self, args, device):
-        own = {"semantic": self.semantic, "beyond": self.beyond}
+        own = {"semantic": self.semantic, "unechoed": self.unechoed}
         if args.reward in own:
             self.embedder, self.judge = Embedder(args.embedder, device), own[args.reward]
         else:
@@ -1354,11 +1355,12 @@ class Reward:
         theirs = self.embedder(answers)                                                    # (N, d)
         return (theirs * self.embedder([item["response"] for item in items])).sum(-1).tolist()
 
-    def beyond(self, items, answers):
-        """cos(y, y_ref) - cos(y, x) cos(x, y_ref): 0 for an answer that says the question back."""
+    def unechoed(self, items, answers):
+        """cos(y, y_ref) - cos(y, x) cos(x, y_ref) / 2: saying the question back earns half its cosine, as a
+        y_ref that takes up its words makes it close."""
         y, x = self.embedder(answers), self.embedder([item["text"] for item in items])    # (N, d)
         y_ref = self.embedder([item["response"] for item in items])                        # (N, d)
-        return ((y * y_ref).sum(-1) - (y * x).sum(-1) * (x * y_ref).sum(-1)).tolist()
+        return ((y * y_ref).sum(-1) - (y * x).sum(-1) * (x * y_ref).sum(-1) / 2).tolist()
 
     def __call__(self, items, answers):
         """N items, N texts -> list of N floats."""

@@ -245,16 +245,16 @@ def test_the_reward_of_s2tt_is_sentence_bleu_and_else_cosine():
     assert chinese > 0.5                                  # 0 in sacrebleu's default tokens: one word
 
 
-def test_beyond_pays_nothing_for_the_question_said_back():
-    """In numpy: the part of y's embedding along y_ref, less what its part along x has of it."""
-    reward = common.Reward(SimpleNamespace(reward="beyond", embedder="minilm-l6"), "cpu")
+def test_unechoed_pays_half_for_the_question_said_back():
+    """In numpy: the part of y's embedding along y_ref, less half of what its part along x has of it."""
+    reward = common.Reward(SimpleNamespace(reward="unechoed", embedder="minilm-l6"), "cpu")
     x, y_ref, other = "How do I bake bread?", "Mix flour, water and yeast.", "Knead flour and water."
     items = [dict(task="instruct", text=x, response=y_ref)] * 3
     found = reward(items, [x, y_ref, other])
     e_x, e_ref, e_other = reward.embedder([x, y_ref, other]).numpy().astype(float)
-    wanted = [e_y @ (e_ref - e_x * (e_x @ e_ref)) for e_y in (e_x, e_ref, e_other)]
-    assert found == pytest.approx(wanted, abs=1e-5) and abs(found[0]) < 1e-5
-    assert found[1] > found[2] > 0.1
+    wanted = [e_y @ (e_ref - e_x * (e_x @ e_ref) / 2) for e_y in (e_x, e_ref, e_other)]
+    assert found == pytest.approx(wanted, abs=1e-5) and found[0] == pytest.approx(e_x @ e_ref / 2, abs=1e-5)
+    assert found[1] > found[2] > found[0]
 
 
 def test_the_samples_are_described_by_hand():
