@@ -254,6 +254,7 @@ def rows_of(*answers, texts=(CHICKEN, STORE, MOON), groups="abc"):
 
 OWN = rows_of("Grill it slowly, then let it rest.", "Good.", "Neil.")
 OTHER = rows_of("Bake.", "Have a nice walk to the store.", "Neil.")
+ALIKE = {text: np.ones(1) for text in ("n", "Neil.", CHICKEN, STORE, MOON)}   # an encoder's vectors
 
 
 @pytest.fixture
@@ -561,8 +562,7 @@ def test_win_rates_enter_the_tables_with_and_without_length():
     answers = {}
     for name in prefers:
         answers[name] = [row | dict(system=name, answer="n", transcript="x", words=3) for row in OWN]
-    vectors = {"n": np.ones(1), "Neil.": np.ones(1)}
-    found = numbers_of(answers, {name: [name] for name in answers}, judge, vectors)
+    found = numbers_of(answers, {name: [name] for name in answers}, judge, ALIKE)
     assert found["rba-group", "WR", "sft", "all"]["value"] == 100
     assert found["sft+", "WR", "sft", "all"]["value"] == 50
     assert 75 < found["rba-group", "LC", "sft", "all"]["value"] < 100
@@ -573,12 +573,12 @@ def test_win_rates_enter_the_tables_with_and_without_length():
 
 
 def test_y_ref_is_in_no_contest_for_closeness_to_y_ref():
-    vectors, answers = {text: np.ones(1) for text in ("n", "Neil.")}, {}
+    answers = {}
     for name in ("text", "base"):
         answers[name] = [row | dict(answer="n", transcript="x", response="Neil.") for row in OWN]
     systems = {name: [name] for name in answers}
-    assert not [key for key in numbers_of(answers, systems, None, vectors) if key[1] == "WR"]
-    found = numbers_of(answers, systems, lambda rows, others: [0.5] * len(rows), vectors)
+    assert not [key for key in numbers_of(answers, systems, None, ALIKE) if key[1] == "WR"]
+    found = numbers_of(answers, systems, lambda rows, others: [0.5] * len(rows), ALIKE)
     assert ("base", "WR", "text", "all") in found and ("text", "WR", "base", "all") in found
 
 
