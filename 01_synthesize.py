@@ -6,22 +6,24 @@ The paper's self-synthesis of data (arXiv 2509.03526): no human words, recording
    own system turn, if any (paper: none). `sqa` gets a quiz turn and an opener. [paper] `s2tt` takes
    recordings and transcripts of a public set (--s2tt), not its translations; [ours] without one it gets a
    translator turn, and is written and spoken like the rest.
-2. [paper] It answers x and the typed request p: y_ref; for `sqa` (RBA-QA) in one to five words. [ours]
-   Greedily, under the one system turn that stands before every x to be answered, by teacher or student; for
-   `sqa` it says it in a sentence first, which then opens the answer and has to hold it.
+2. [paper] It answers x: y_ref; for `sqa` (RBA-QA) in one to five words. [ours] Greedily, under the one
+   system turn that stands before every x to be answered, by teacher or student; what is asked for beside x
+   (few words, a translation) is a typed request p behind it; for `sqa` the teacher says it in a sentence
+   first, which then opens the answer and has to hold it.
 3. [paper] What nobody would say aloud is dropped. [ours] Which filters do that; rewordings too, and what
    the teacher declines: as a voice assistant, 135M parameters are sorry in 38 % of their answers.
 4. [paper] S = 4 different voices speak every instruction, one voice an `sqa`. [ours] They are Piper's and
-   Kokoro's (paper: 2,456 LibriTTS voices cloned by CosyVoice); speed, pitch, filler; half of the voices of
-   `test` occur nowhere else; the acoustic condition in which training will hear the utterance. A recording
-   has one speaker: its group is S copies of it, which stage 3 answers S times.
+   Kokoro's (paper: 2,456 LibriTTS voices cloned by CosyVoice); speed, pitch, filler; in `test` half of a
+   group's voices, for `sqa` if a coin says so, occur in no other split; the acoustic condition in which
+   training will hear the utterance. A recording has one speaker: its group is S copies of it, which stage 3
+   answers S times.
 5. [ours] Whisper listens: transcript and WER are columns. What no TTS should say drops the whole group.
 
 Reads nothing. Writes DIR/data/: {train,valid,test}.jsonl, audio/ (clean), card.md, config.json, batches/.
 Batches are numbered, and seeded by (seed, task, number): no kill and no number of processes changes the data.
 
-    python 01_synthesize.py                                       one process
-    torchrun --nproc_per_node 8 01_synthesize.py --preset small   one node
+    python 01_synthesize.py                                                    one process
+    torchrun --nproc_per_node 8 01_synthesize.py --preset small --work small   one node
 """
 import functools
 import itertools
@@ -74,7 +76,7 @@ COMMON_WORDS = set(
 def is_speakable(text):
     """Words, and characters that can be read out: no code, markup, URL, list or line break."""
     odd = r"https?:|www\.|\.com|\(\)|--|::|\d{5}|[A-Za-z]\d|[a-z][A-Z]"
-    plain = re.fullmatch(r"[A-Za-z0-9 ,.?!'’\"$%&:;()\-]+", text)
+    plain = re.fullmatch(r"[A-Za-zÀ-ɏ0-9 ,.?!'’\"“”$%&:;()\-–—]+", text)
     return bool(plain and common.has_words(text) and not re.search(odd, text))
 
 
@@ -463,12 +465,16 @@ def spoken_batch(batch, groups, args):
     if path.exists():
         return common.read_jsonl(path)
     items = list(itertools.chain(*groups[batch * SPEECH_GROUPS:(batch + 1) * SPEECH_GROUPS]))
-    waves, asr = speak(items, max(1, os.cpu_count() // common.world())), load_asr(args.whisper, args.device)
-    for item, wave, heard in zip(items, waves, common.listen(asr, waves, args.window)):
-        errors, words = common.word_errors(item["text"], heard)
-        item |= dict(seconds=round(len(wave) / RATE, 3), transcript=heard, wer=round(errors / words, 4))
+    waves = []                                            # as training hears them: in 16 bits
+    for item, wave in zip(items, speak(items, max(1, os.cpu_count() // common.world()))):
+        wav = args.work / "data" / item["audio"]
         write = functools.partial(soundfile.write, data=wave.numpy(), samplerate=RATE, format="WAV")
-        common.write_atomic(args.work / "data" / item["audio"], write)                    # 16 bits
+        common.write_atomic(wav, write)
+        waves.append(torch.from_numpy(soundfile.read(wav, dtype="float32")[0]))
+    transcripts = common.listen(load_asr(args.whisper, args.device), waves, args.window)
+    for item, wave, transcript in zip(items, waves, transcripts):
+        errors, words = common.word_errors(item["text"], transcript)
+        item |= dict(seconds=round(len(wave) / RATE, 3), transcript=transcript, wer=round(errors / words, 4))
     common.write_jsonl(path, items)                       # after its wavs: where it stands, they do
     return items
 
@@ -507,7 +513,7 @@ def data_card(splits, rows, args):
 
     turns = defaultdict(Counter)                          # first filter failed -> task -> user turns
     for row in rows:
-        turns[row["dropped"] or "none"][row["task"]] += 1
+        turns[row["dropped"] or "none, needed or not"][row["task"]] += 1
     card += f"\n| first filter failed | {' | '.join(TASKS)} |\n|---|---|---|---|\n"
     for failed, number in sorted(turns.items()):
         card += f"| {failed} | {number['instruct']} | {number['sqa']} | {number['s2tt']} |\n"
