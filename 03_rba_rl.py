@@ -18,13 +18,14 @@ Where this departs from the paper, or chooses in its silence [ours]:
 - no pair where two answers are equal or rewards tie; an answer that was cut is never a positive;
 - one training set: an instruction in one voice (sqa, the paper's RBA-QA) takes part in rba-group by Eq. 6,
   a pair each as a group of four has; the paper trains it by rba-single alone, afterwards;
-- L_CE is averaged over utterances (four voices weigh four times one), L_G, L_S over pairs.
+- L_CE is averaged over utterances (four voices weigh four times one), L_G, L_S over pairs; the gradient is
+  clipped.
 
 Reads DIR/data, DIR/sft.pt. Writes samples/NAME.jsonl, NAME.pt, NAME.config.json, logs/NAME.jsonl,
 plots/NAME.png. Without --objective: rba-group, then rba-single.
 
     python 03_rba_rl.py                                       one process
-    torchrun --nproc_per_node 8 03_rba_rl.py --preset small   one node: the same gradients
+    torchrun --nproc_per_node 8 03_rba_rl.py --work small     one node: the same gradients
 """
 import common                                             # first: it says in one line what is missing
 from common import UserError
@@ -44,12 +45,15 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
          "lambda-ce": dict(type=float, help="λ of Eq. 5"),
          "ce-reduction": dict(choices=("sum", "mean"), help="of L_CE over an answer's tokens; Eq. 1: sum"),
          "temperature": dict(type=float, help="T at which the samples are drawn"),
-         "reference": dict(choices=("init", "none"), default="init", help="none: V = pi_theta"),
+         "reference": dict(choices=("init", "none"), default="init", help="pi_ref: a round's first weights; "
+                           "none: V = pi_theta"),
          "rounds": dict(type=common.count, help="how often samples are drawn"),
-         "control": dict(choices=("shuffled", "positive", "text"), default="none", help="what must not work "
-                         "as well: pairs by chance; no negative; the true words in the place of speech")
+         "control": dict(choices=("shuffled", "positive", "text"), default="none", help="a run to compare "
+                         "with: chance decides among what may be the positive; no negative; trained on the "
+                         "true words, not on what was heard")
          } | common.TRAIN_FLAGS
 SAMPLED = 32                                              # groups sampled, judged and written at once
+TIE = 2e-3                                                # margins up to it are rounding's, a half each
 COPIED = ("id", "group", "task", "voice", "text", "response")   # of an item into its sample
 
 
@@ -73,7 +77,7 @@ def single_roles(rows, coin):
         if row["answer"] == row["response"]:
             row["why"] = "equals y_ref"
         elif coin and not row["ended"]:                   # it could be the negative alone
-            row["why"] = "no answer ended"
+            row["why"] = "did not end"
         else:
             row["role"] = "positive" if coin and coin.random() < 0.5 else "negative"
 
@@ -99,7 +103,7 @@ def group_roles(rows, rewards):
             row["why"] = reason or "between"
 
 
-def judged(model, reward, items, heard, round_, args):
+def draw_samples(model, reward, items, heard, round_, args):
     """One answer y^(s) ~ pi_ref to each of N utterances, its reward, log pi_ref of y_ref and of y^(s): N
     rows."""
     seeds = [common.derive_seed(args.seed, "sample", round_, item["id"]) for item in items]
@@ -125,7 +129,7 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args, dra
         if drawn:
             rows = [dict(drawn[item["id"]]) for item in some]
         else:
-            rows = judged(model, reward, some, [heard[i] for i in utterances], round_, args)
+            rows = draw_samples(model, reward, some, [heard[i] for i in utterances], round_, args)
         for group in common.groups_of(rows):
             decide_pairs([rows[i] for i in group], args.objective, args.control, args.seed)
         return rows
@@ -145,9 +149,9 @@ def sample_and_judge(model, reward, items, heard, groups, round_, run, args, dra
 
 
 def describe_samples(samples, objective):
-    """What a round's samples could teach: reward by voice and within groups, best of a group against its mean
-    (the headroom), how often s+ was heard better than s- (the reward may only be choosing who was heard
-    well), pairs left."""
+    """What a round's samples could teach: reward by voice, its variance within groups and, without what that
+    adds, between them, best of a group against its mean (the headroom), how often s+ was heard better than
+    s- (the reward may only be choosing who was heard well), pairs left."""
     several, better, out = [], Counter(), {}
     for group in common.groups_of(samples):
         rows = [samples[i] for i in group]
@@ -163,7 +167,8 @@ def describe_samples(samples, objective):
     if len(several) > 1:
         spread = [torch.tensor(rewards).var() for rewards in several]
         out["samples/variance_within"] = float(torch.stack(spread).mean())
-        out["samples/variance_between"] = float(torch.tensor([fmean(rewards) for rewards in several]).var())
+        of_means = float(torch.tensor([fmean(rewards) for rewards in several]).var())
+        out["samples/variance_between"] = of_means - out["samples/variance_within"] / len(several[0])
         out["samples/headroom"] = fmean(max(rewards) - fmean(rewards) for rewards in several)
     for how, number in better.items():
         out[f"samples/positive_heard_{how}"] = number / better.total()
@@ -179,8 +184,8 @@ def pair_up(rows, objective):
     """The pairs of one group by its rows' roles: (positive, negative), each the id of its utterance and
     whether it is the "y_ref" or the "answer" y^(s)."""
     if objective == "rba-group" and len(rows) > 1:        # Eq. 2
-        own = {row["role"]: (row["id"], "answer") for row in rows}
-        return [(own["positive"], own["negative"])] if "positive" in own else []
+        role = {row["role"]: (row["id"], "answer") for row in rows}
+        return [(role["positive"], role["negative"])] if "positive" in role else []
     pairs = []
     for row in rows:                                      # Eq. 6
         pair = (row["id"], "y_ref"), (row["id"], "answer")
@@ -189,24 +194,24 @@ def pair_up(rows, objective):
     return pairs
 
 
-def learned(rows, args):
-    """What the losses of one group read: a set of (id, "y_ref" or "answer")."""
+def needed(rows, args):
+    """The answers that the losses of one group read: a set of (id, "y_ref" or "answer")."""
     read = set(itertools.chain(*pair_up(rows, args.objective)))
     return read | {(row["id"], "y_ref") for row in rows if args.lambda_ce}
 
 
-def learned_log_probs(model, items, heard, groups, args):
+def needed_log_probs(model, items, heard, groups, args):
     """log pi_theta, token by token, of what the losses of `groups` (lists of rows, in the order of items)
     read: {(id, "y_ref" or "answer"): (L,)}. The two of an utterance share one computation of their prompt."""
-    read, prompts, answers, keys = set().union(*(learned(rows, args) for rows in groups)), [], [], []
+    read, prompts, answers, keys = set().union(*(needed(rows, args) for rows in groups)), [], [], []
     for item, sound, row in zip(items, heard, itertools.chain(*groups)):
         ids = {(row["id"], "y_ref"): model.answer_ids(item["response"]),
                (row["id"], "answer"): row["ids"] + [model.end_id] * row["ended"]}
-        own = {key: y for key, y in ids.items() if key in read}
-        if own:
+        ids = {key: y for key, y in ids.items() if key in read}
+        if ids:
             prompts += model.speech_prompts([sound], [item["prompt"]])
-            answers.append([*own.values()])
-            keys += own
+            answers.append([*ids.values()])
+            keys += ids
     return dict(zip(keys, common.token_log_probs(model.llm, prompts, answers)))
 
 
@@ -223,7 +228,7 @@ def losses(log_probs, groups, args):
     """L_CE of N utterances (N,), none of them where lambda is 0, and of their pairs {name: (n,)}: the
     preference loss and TRL's metrics.
 
-    log_probs: {(id, "y_ref" or "answer"): (L,)}, as `learned_log_probs` gives; groups: the N rows in groups.
+    log_probs: {(id, "y_ref" or "answer"): (L,)}, as `needed_log_probs` gives; groups: the N rows in groups.
     """
     rows = {row["id"]: row for row in itertools.chain(*groups)}
     place = {key: at for at, key in enumerate(log_probs)}
@@ -235,16 +240,18 @@ def losses(log_probs, groups, args):
     ce = [-lp.mean() if args.ce_reduction == "mean" else -lp.sum() for lp in y_refs]
     ce = torch.stack(ce) if ce else logp.new_zeros(0)                                      # (N,) Eq. 1
     pairs = []
-    for own in groups:
-        pairs += [(place[plus], place[minus]) for plus, minus in pair_up(own, args.objective)]
+    for group in groups:
+        pairs += [(place[plus], place[minus]) for plus, minus in pair_up(group, args.objective)]
     plus, minus = torch.tensor(pairs, dtype=torch.long, device=logp.device).view(-1, 2).T  # (n,) each
     negative, negative_ref = logp[minus], reference[minus]
     if args.control == "positive":                        # the negative teaches nothing: V- = 1
         negative = negative_ref = negative.detach()
     loss, chosen, rejected = preference_loss(logp[plus], negative, reference[plus], negative_ref, args.beta)
+    margins = chosen - rejected                                                            # (n,)
+    decided = torch.where(margins.abs() < TIE, 0, margins.sign())                          # (n,)
     return ce, {"loss/preference": loss, "rewards/chosen": chosen, "rewards/rejected": rejected,
-                "rewards/accuracies": (1 + (chosen - rejected).sign()) / 2,                # a tie is a half
-                "rewards/margins": chosen - rejected, "logps/chosen": logp[plus], "logps/rejected": negative}
+                "rewards/accuracies": (1 + decided) / 2, "rewards/margins": margins,
+                "logps/chosen": logp[plus], "logps/rejected": negative}
 
 
 def backward(model, batch, items, heard, samples, args):
@@ -254,17 +261,17 @@ def backward(model, batch, items, heard, samples, args):
     n_pairs = sum(len(pair_up(rows, args.objective)) for rows in groups)
     n_utterances, sums, mine, lengths = sum(map(len, batch)), Counter(loss=0.0), [], []
     for g in range(common.rank(), len(batch), common.world()):
-        read = {id_ for id_, _ in learned(groups[g], args)}
+        read = {id_ for id_, _ in needed(groups[g], args)}
         if read:
             words = sum(len(heard[i]["ids"]) for i in batch[g] if items[i]["id"] in read)
             mine.append(g)
             lengths.append(words + len(read) * (common.PROMPT_TOKENS + 2 * args.max_new))  # at most
     for chunk in common.token_batches(lengths, args.micro_tokens):
-        own = [groups[mine[at]] for at in chunk]
+        some = [groups[mine[at]] for at in chunk]
         utterances = list(itertools.chain(*(batch[mine[at]] for at in chunk)))
         sounds = [heard[i] for i in utterances]
-        log_probs = learned_log_probs(model, [items[i] for i in utterances], sounds, own, args)
-        ce, of_pairs = losses(log_probs, own, args)
+        log_probs = needed_log_probs(model, [items[i] for i in utterances], sounds, some, args)
+        ce, of_pairs = losses(log_probs, some, args)
         preference = of_pairs["loss/preference"].sum() / max(1, n_pairs)                   # L_G or L_S
         loss = preference + args.lambda_ce * ce.sum() / n_utterances                       # Eq. 5
         loss.backward()
@@ -274,8 +281,8 @@ def backward(model, batch, items, heard, samples, args):
         for name, values in of_pairs.items() if n_pairs else ():
             sums[name] += float(values.detach().sum()) / n_pairs
     metrics = Counter()
-    for own in common.gather([sums]):
-        metrics.update(own)
+    for part in common.gather([sums]):
+        metrics.update(part)
     return dict(metrics) | {"pairs": n_pairs, "utterances": n_utterances}
 
 

@@ -156,6 +156,18 @@ def test_losses_by_hand(objective, reference, reduction, control):
         assert np.sign(slope) == pushed.get(id(lp), 0)
 
 
+def test_rounding_is_no_preference():
+    """Where pi_theta is pi_ref but for rounding, the accuracy is a half."""
+    [row], args = rows_of("a", [0.5]), SimpleNamespace(objective="rba-single", reference="init", beta=0.1,
+                                                       ce_reduction="sum", control="none", lambda_ce=0.0)
+    rba.decide_pairs([row], "rba-single", "none", 0)
+    for shift, wanted in ((1e-3, 0.5), (-1e-3, 0.5), (0.1, 1.0), (-0.1, 0.0)):
+        log_probs = {(row["id"], "y_ref"): torch.tensor([-1.0 + shift]),
+                     (row["id"], "answer"): torch.tensor([-2.0])}
+        _, metrics = rba.losses(log_probs, [[row]], args)
+        assert metrics["rewards/accuracies"].tolist() == [wanted]
+
+
 # ------------------------------------------------------------------------------ distillation, chunks, batches
 def test_kd_matches_torchs_own_kl_where_padded_vocabularies_differ():
     generator = torch.Generator().manual_seed(0)
@@ -271,6 +283,8 @@ def test_the_samples_are_described_by_hand():
     assert found["samples/reward/a"] == pytest.approx((r[0] + r[2]) / 2)
     assert found["samples/headroom"] == pytest.approx((abs(r[0] - r[1]) + abs(r[2] - r[3])) / 4)
     assert found["samples/variance_within"] == pytest.approx(((r[0] - r[1]) ** 2 + (r[2] - r[3]) ** 2) / 4)
+    within, between = found["samples/variance_within"], ((r[0] + r[1] - r[2] - r[3]) / 2) ** 2 / 2
+    assert found["samples/variance_between"] == pytest.approx(between - within / 2)
     assert found["samples/positive_heard_better"] == 1 and found["samples/in_a_pair"] == 0.5
     assert "samples/positive_heard_better" not in rba.describe_samples(samples, "rba-single")
 
