@@ -278,7 +278,7 @@ def served():
             text = question["messages"][0]["content"]
             asked.append((question["model"], text))
             a, b = text.partition("Answer A: ")[2].split("\n\nAnswer B: ")
-            said = "A worse one than B." if len(b) > len(a) else "A is better than B"
+            said = "B." if len(b) > len(a) else "**A**"
             self.reply({"choices": [{"message": {"content": said}}]})
 
         def log_message(self, *_):
@@ -310,7 +310,7 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
 def test_a_judge_that_names_no_answer_is_refused(monkeypatch):
     monkeypatch.setattr(common.Served, "call", lambda *_, **__: "<think> The user wants")
     judge = evaluate.ServedJudge("http://localhost:1/v1#thinker")
-    with pytest.raises(common.UserError, match="#thinker: none of its 12 replies names A or B"):
+    with pytest.raises(common.UserError, match="#thinker: none of its 12 replies is A or B"):
         judge(OWN * 2, OTHER * 2)
 
 
@@ -325,10 +325,11 @@ def test_of_two_answers_the_higher_reward_wins(monkeypatch):
 
 
 @pytest.mark.parametrize("reply, expected", [
-    ("A", 1), ("B.", 0), ("**A**", 1), ("Answer B is better", 0), ("A. More helpful than B", 1),
-    ("A is worse than B", 0), ("A is more helpful", 1),
-    ("I prefer A over B.", 0.5), ("Neither A nor B.", 0.5),
-    ("B\n\nBecause answer A", 0), ("I would choose B", 0), ("Both are fine", 0.5), ("", 0.5), ("None", 0.5)])
+    ("A", 1), ("B.", 0), ("**A**", 1), ("Answer: B", 0), ("Answer B.", 0), ("A. More helpful than B", 1),
+    ("**B**: it is shorter", 0), ("B\n\nBecause answer A", 0), ("(A)", 1),
+    ("A is worse than B", 0.5), ("A is not as good as B", 0.5), ("Answer A is incorrect", 0.5), ("A, B", 0.5),
+    ("The worse answer is A", 0.5), ("A worse one than B.", 0.5),
+    ("I prefer A over B.", 0.5), ("Neither A nor B.", 0.5), ("Both are fine", 0.5), ("", 0.5), ("None", 0.5)])
 def test_a_judges_verdict_is_read(reply, expected):
     assert evaluate.read_verdict(reply) == expected
 
@@ -612,5 +613,5 @@ def test_tables_contrasts_and_figure(tmp_path):
     difference = "sqa accuracy − sft+ | 3.0 [2.0, 12.0]"
     assert f"| rba-single | noise:5 | {difference} | 0.0100 | 0.0200\\* |" in text
     assert f"| rba-group | noise:5 | {difference} | 0.0400 | 0.0400\\* |" in text
-    assert f"| rba-group | clean | {difference} | 0.0400 | – |" in text
+    assert f"| rba-group | clean | {difference} | – | – |" in text
     assert (tmp_path / "r.png").stat().st_size > 5000
