@@ -2,8 +2,8 @@
 budget.
 
 - sft [paper, Eq. 1]: L_CE = -(1/S) sum_s sum_t log pi_theta(y_ref,t | x^(s), y_ref,<t), over the S voices of
-  an instruction: summed over the answer's tokens, averaged over utterances. The baseline, and what RBA starts
-  from.
+  an instruction: summed over the answer's tokens, averaged over utterances: [ours] an instruction in four
+  voices weighs four times one in one (sqa). The baseline, and what RBA starts from.
 - sft+ [ours]: more of the same from sft.pt, in stage 3's batches: give both the same flags.
 - kd [ours]: sum_t KL(pi_T(. | x, p, y_ref,<t) || pi_theta(. | x^(s), p, y_ref,<t)), reduced alike, from
   sft.pt with the same budget; where teacher and student share their token ids.
@@ -15,7 +15,7 @@ Reads DIR/data. Writes DIR/NAME.pt, NAME.config.json, logs/NAME.jsonl, plots/NAM
 Whisper made of the speech.
 
     python 02_sft_warmup.py                                       one process
-    torchrun --nproc_per_node 8 02_sft_warmup.py --preset small   one node: the same gradients
+    torchrun --nproc_per_node 8 02_sft_warmup.py --work small     one node: the same gradients
 """
 import common                                             # first: it says in one line what is missing
 from common import UserError

@@ -2,10 +2,10 @@
 the SpeechLM, log-probabilities and sampling, rewards and training.
 
 Preference optimisation of a SpeechLM on self-generated data (RBA, arXiv 2509.03526). Symbols of the paper: x
-the words, s a voice, x^(s) their speech, p a typed request, y_ref the teacher's response, y^(s) the
-SpeechLM's own sample, pi_theta the SpeechLM, pi_ref its weights when the samples are drawn, pi_T the teacher.
-A *group* is the utterances of one instruction in its S voices. Marks: [paper] the paper says so, [ours] we
-chose.
+the words, s a voice, x^(s) their speech, y_ref the teacher's response, y^(s) the SpeechLM's own sample,
+pi_theta the SpeechLM, pi_ref its weights when the samples are drawn; ours: p a typed request that goes with
+x, pi_T the teacher. A *group* is the utterances of one instruction in its S voices. Marks: [paper] the paper
+says so, [ours] we chose.
 """
 import argparse
 import contextlib
@@ -60,7 +60,7 @@ RATE = 16_000                                             # Hz, of every wavefor
 SYSTEM = "You are a voice assistant. Answer in one short sentence."   # before every x that is answered [ours]
 SPLITS = ("train", "valid", "test")
 TASKS = ("instruct", "sqa", "s2tt")
-REQUESTS = {"instruct": "", "sqa": "Answer in one to five words.",  # p, what the user types beside the speech
+REQUESTS = {"instruct": "", "sqa": "Answer in one to five words.",   # p, typed beside the speech [ours]
             "s2tt": "Translate what I said into {language}."}
 CHECKPOINT = "rba-speechlm-3"                             # format of NAME.pt
 PROMPT_TOKENS = 40                                      # of a prompt without the words: to size micro-batches
@@ -68,7 +68,8 @@ PROMPT_TOKENS = 40                                      # of a prompt without th
 # ---------------------------------------------------------------------------------------------------- presets
 # A preset sets every number of a run; flags override some of them. Counts are groups (instructions)
 # a task; batch sizes are groups an update. `rl_steps` x `rl_batch` is also the budget of `sft+` and `kd`.
-# The held-out curve of a run has `curve_points` after its first, on `held_out` groups.
+# A run's held-out curve is measured before its first update and `curve_points` times more, on `held_out`
+# groups.
 _EMBEDDED = dict(
     teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
     reward="semantic", language="French",
@@ -84,8 +85,8 @@ _EMBEDDED = dict(
     conditions="clean,babble:8", encoder="wordllama")
 PRESETS = {
     "tiny": _EMBEDDED | dict(
-        train="instruct=8,sqa=10,s2tt=2", valid="instruct=4,sqa=4", test="instruct=6,sqa=8,s2tt=2",
-        sft_steps=6, sft_batch=6, rl_steps=4, rl_batch=6, held_out=8, curve_points=2),
+        train="instruct=6,sqa=6,s2tt=1", valid="instruct=2,sqa=2", test="instruct=4,sqa=6,s2tt=2",
+        sft_steps=5, sft_batch=6, rl_steps=3, rl_batch=6, held_out=4, curve_points=1, conditions="babble:8"),
     "small": _EMBEDDED | dict(
         student="gemma3-270m",
         train="instruct=500,sqa=1000", valid="instruct=64,sqa=128", test="instruct=300,sqa=300",
@@ -127,7 +128,7 @@ def parse_args(doc, flags, argv=None):
     parser = _Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="sets every number (default: the data's, or tiny)")
     parser.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="working directory")
-    parser.add_argument("--seed", type=int, default=0, help="every random number of the run derives from it")
+    parser.add_argument("--seed", type=int, default=0, help="all random numbers of 01, 02, 03 derive from it")
     parser.add_argument("--teacher", help="a causal LM: directory, hub id, or http://HOST:PORT/v1#MODEL")
     parser.add_argument("--student", help="a causal LM, assembled with Whisper, or a published SpeechLM")
     for name, options in flags.items():
@@ -351,12 +352,13 @@ def gather(values):
     return list(itertools.chain.from_iterable(parts))
 
 
-def shared(parts, work, keep=None, **bar):
-    """work(part) of every part, a list, concatenated in the parts' order; the processes share the parts, so
-    what comes out does not depend on their number. keep: what one does with a turn's; bar: tqdm's options."""
+def shared(parts, function, keep=None, **bar):
+    """function(part) of every part, a list, concatenated in the parts' order; the processes share the parts,
+    so what comes out does not depend on their number. keep: what one does with a turn's; bar: tqdm's
+    options."""
     rows = []
     for at in tqdm(range(0, len(parts), world()), leave=False, disable=rank() > 0 or not bar, **bar):
-        new = gather([row for part in parts[at + rank():at + rank() + 1] for row in work(part)])
+        new = gather([row for part in parts[at + rank():at + rank() + 1] for row in function(part)])
         if keep and rank() == 0:
             keep(new)
         rows += new
@@ -620,7 +622,7 @@ class Served:
 
 
 class Embedder:
-    """Sentence embeddings (all-MiniLM-L6-v2): mean of the last hidden states, length 1."""
+    """Sentence embeddings (all-MiniLM-L6-v2 and its like): mean of the last hidden states, length 1."""
 
     def __init__(self, name, device="cpu"):
         with loading(name, "sentence embedder") as path:
@@ -629,13 +631,13 @@ class Embedder:
 
     @torch.inference_mode()
     def __call__(self, texts):
-        """list of N strings -> (N, 384) float32, rows of length 1."""
+        """list of N strings -> (N, d) float32, rows of length 1."""
         out = []
         for at in range(0, len(texts), 256):
             batch = self.tokenizer(list(texts[at:at + 256]), padding=True, truncation=True, max_length=256,
                                    return_tensors="pt").to(self.model.device)
             mask = batch["attention_mask"].unsqueeze(-1)                                   # (n, T, 1)
-            hidden = self.model(**batch).last_hidden_state                                 # (n, T, 384)
+            hidden = self.model(**batch).last_hidden_state                                 # (n, T, d)
             out.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu())
         return torch.cat(out)
 
@@ -871,11 +873,11 @@ class _Frozen(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + 2 B A x: W frozen in the LLM's own precision; A (r, in), B (out, r) and y in float32.
+    """y = W x + 2 B A x: W, and W x, in the LLM's own precision; A (r, in), B (out, r) and y in float32.
 
-    In bfloat16 a small B A x vanishes when it is added to W, or to a rounded W x [ours, measured]: so the two
-    products meet in float32, in every pass: sampling, learning, reference, teacher and evaluation are this
-    one function. On a CPU W is packed once in the layout that its kernels read fastest. r = 0: W alone.
+    In bfloat16 a small B A x vanishes when it is added to W, or in a sum that is rounded [ours, measured]: so
+    the two products meet in float32, in every pass: sampling, learning, reference, teacher and evaluation are
+    this one function. On a CPU W is packed once in the layout that its kernels read fastest. r = 0: W alone.
     """
 
     def __init__(self, linear, r, adapter):
@@ -1393,8 +1395,8 @@ def answer_log_probs(model, items, heard, answers, batch_size=16):
 
 
 class HeldOut:
-    """The curve that says whether a run learns: fixed utterances of `valid`, one a group, each voice in
-    its turn."""
+    """The curve that says whether a run learns: fixed utterances of `valid`, one a group, the first of the
+    first, the second of the second and so on."""
 
     def __init__(self, model, args, reward):
         self.model, self.reward, self.max_new, self.starts = model, reward, args.max_new, {}
@@ -1403,15 +1405,15 @@ class HeldOut:
         chosen = [group[n % len(group)] for n, group in enumerate(groups_of(items)[:args.held_out])]
         self.items, self.heard = [items[i] for i in chosen], [heard[i] for i in chosen]
 
-    def measure_some(self, some, reference):
-        """Rows of the utterances `some` (indices)."""
+    def measure_some(self, some, start):
+        """Rows of the utterances `some` (indices); start: the run's first weights."""
         model, items, heard = self.model, [self.items[i] for i in some], [self.heard[i] for i in some]
         prompts = [item["prompt"] for item in items]
         seeds = [derive_seed("held out", item["id"]) for item in items]
         answers = model.answer(heard * 2, prompts * 2, self.max_new, [None] * len(some) + seeds)
         greedy, sampled = answers[:len(some)], answers[len(some):]
         log_probs, trained = answer_log_probs(model, items, heard, sampled), model.state()
-        model.set_state(reference)
+        model.set_state(start)
         before = answer_log_probs(model, items, heard, sampled)
         model.set_state(trained)
         rewards = [self.reward(items, [answer.text for answer in answers]) for answers in (greedy, sampled)]
@@ -1423,12 +1425,12 @@ class HeldOut:
                              tokens=len(greedy[i].ids)))
         return rows
 
-    def measure(self, reference):
+    def measure(self, start):
         """Of pi_theta now, a row of the log: means over utterances, the greedy reward also where the words
         were heard right and where not, and every utterance's own, to pair with another step's. kl: of samples
-        at T = 1 to the weights `reference`, the run's first; tokens: of greedy answers."""
+        at T = 1 to the run's first weights, `start`; tokens: of greedy answers."""
         parts = [range(len(self.items))[at:at + 32] for at in range(0, len(self.items), 32)]
-        rows = shared(parts, lambda part: self.measure_some(part, reference))
+        rows = shared(parts, lambda part: self.measure_some(part, start))
         out = {"held_out/rewards": [round(row["reward_greedy"], 4) for row in rows]}
         for name in ("reward_greedy", "reward_sampled", "logps_y_ref", "tokens", "kl"):
             out[f"held_out/{name}"] = fmean(row[name] for row in rows)
@@ -1444,7 +1446,7 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-MAX_GRAD_NORM = 1.0
+MAX_GRAD_NORM = 1.0                                       # [ours] losses sum over tokens: it acts as a rule
 SAVE_EVERY = 10                                           # updates between resume files
 
 
@@ -1469,7 +1471,7 @@ class Run:
         facts |= dict(init=fingerprint(init), steps=steps, lr=args.lr, seed=args.seed,
                       data=fingerprint(args.work / "data" / "train.jsonl"))
         parent = model.load(init)
-        self.history, self.reference = [*parent["history"], facts], model.state()
+        self.history, self.start = [*parent["history"], facts], model.state()
         record_config(args.work / f"{name}.config.json", model.config | facts)
         self.done = self.path.exists()
         # the paper gives a weight decay of 0.98, surely a beta_2 [ours]
@@ -1498,7 +1500,7 @@ class Run:
         if not self.rows:
             starts, init = self.held_out.starts, self.history[-1]["init"]
             if init not in starts:                        # sft+ and kd, or both objectives, start alike
-                starts[init] = self.held_out.measure(self.reference)
+                starts[init] = self.held_out.measure(self.start)
             self.write(starts[init])
         self.bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.name,
                         unit="update", disable=rank() > 0)
@@ -1526,7 +1528,7 @@ class Run:
                              seconds=round(time.time() - self.started, 2))
         self.bar.set_postfix({name: row[name] for name in ("loss", "rewards/accuracies") if name in row})
         if self.step * self.points // self.steps > (self.step - 1) * self.points // self.steps:
-            row |= self.held_out.measure(self.reference)
+            row |= self.held_out.measure(self.start)
         self.write(row)
         if self.step % SAVE_EVERY == 0:
             self.save()

@@ -74,7 +74,7 @@ def test_04_killed_goes_on(work, copy):
     other = copy(source=work)
     shutil.rmtree(other / "answers")
     (other / "results.json").unlink()
-    flags = ("--systems", "text,base,sft,rba-single", "--conditions", "clean")
+    flags = ("--systems", "text,base,sft,rba-single")
     die("04_evaluate.py", other, 3, *flags)
     run_stage("04_evaluate.py", other, *flags)
     for path in (other / "answers").rglob("*.jsonl"):
