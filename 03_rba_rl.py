@@ -53,7 +53,7 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
                          "true words, not on what was heard")
          } | common.TRAIN_FLAGS
 SAMPLED = 32                                              # groups sampled, judged and written at once
-TIE = 2e-3                                                # margins up to it are rounding's, a half each
+TIE = 0.02                                                # nats: a smaller margin of log V is rounding's
 COPIED = ("id", "group", "task", "voice", "text", "response")   # of an item into its sample
 
 
@@ -248,7 +248,7 @@ def losses(log_probs, groups, args):
         negative = negative_ref = negative.detach()
     loss, chosen, rejected = preference_loss(logp[plus], negative, reference[plus], negative_ref, args.beta)
     margins = chosen - rejected                                                            # (n,)
-    decided = torch.where(margins.abs() < TIE, 0, margins.sign())                          # (n,)
+    decided = torch.where(margins.abs() < args.beta * TIE, 0, margins.sign())              # (n,)
     return ce, {"loss/preference": loss, "rewards/chosen": chosen, "rewards/rejected": rejected,
                 "rewards/accuracies": (1 + decided) / 2, "rewards/margins": margins,
                 "logps/chosen": logp[plus], "logps/rejected": negative}

@@ -59,7 +59,8 @@ FLAGS = {
                  "llama_questions, openaudiobench, covost2, mustc, fleurs"),
     "judge": dict(metavar="URL|MODEL", help="an LLM at http://HOST:PORT/v1[#MODEL], or a reward model"),
     "ask": dict(metavar="FILE", help="one recording: print every system's answer"),
-    "draw": dict(metavar="FILE", help="a results.json: write its tables and figure beside it")}
+    "draw": dict(metavar="FILE", help="a results.json: write its tables and figure beside it")
+} | common.STUDENT_FLAG
 UNTRAINED = ("text", "base")
 ORDER = (*UNTRAINED, "sft", "sft+", "kd", "rba-single", "rba-group")   # other names follow
 OPPONENTS = ("base", "text", "sft")                       # [paper] Base, Ref, SFT

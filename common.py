@@ -130,7 +130,6 @@ def parse_args(doc, flags, argv=None):
     parser.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="working directory")
     parser.add_argument("--seed", type=int, default=0, help="all random numbers of 01, 02, 03 derive from it")
     parser.add_argument("--teacher", help="a causal LM: directory, hub id, or http://HOST:PORT/v1#MODEL")
-    parser.add_argument("--student", help="a causal LM, assembled with Whisper, or a published SpeechLM")
     for name, options in flags.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args(argv)
@@ -148,7 +147,8 @@ def parse_args(doc, flags, argv=None):
     return args
 
 
-TRAIN_FLAGS = {                                           # of 02 and 03
+STUDENT_FLAG = {"student": dict(help="a causal LM, assembled with Whisper, or a published SpeechLM")}
+TRAIN_FLAGS = STUDENT_FLAG | {                            # of 02 and 03
     "init": dict(help="checkpoint to start from, or none (02: with --objective)"),
     "out": dict(help="with --objective: name of the result"),
     "max-steps": dict(type=count, help="updates"),
