@@ -1063,20 +1063,20 @@ class SpeechLM(nn.Module):
 
     def load(self, path):
         """Load a checkpoint of `Run` ("none": untrained), return its facts; UserError: of another model."""
-        held = {"state": self.initial, "config": self.config, "history": []}
+        found = {"state": self.initial, "config": self.config, "history": []}
         try:
             if str(path) != "none":
-                held = torch.load(path, map_location="cpu", weights_only=True)
-                if held.get("format") != CHECKPOINT:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                if found.get("format") != CHECKPOINT:
                     raise ValueError("written by something else")
         except Exception as error:                        # whatever torch.load raises on foreign bytes
             reason = next(iter(str(error).splitlines()), "damaged")[:80]
             raise UserError(f"{path}: no checkpoint of this repo ({reason}); run its stage again") from None
-        if held["config"] != self.config or held["state"].keys() != self.initial.keys():
-            raise UserError(f"{path}: a checkpoint of {held['config']}, not of {self.config}; give its "
+        if found["config"] != self.config or found["state"].keys() != self.initial.keys():
+            raise UserError(f"{path}: a checkpoint of {found['config']}, not of {self.config}; give its "
                             "--preset and --student")
-        self.set_state(held["state"])
-        return held
+        self.set_state(found["state"])
+        return found
 
 
 PUBLISHED = {"qwen2_audio": "Qwen2AudioForConditionalGeneration",       # transformers' model_type: its class
@@ -1149,11 +1149,11 @@ def listen_to_split(model, work, name, items, condition=None, window=30.0, folde
     """`listen` for the items of a split or set `name`, whose audio lies in `folder` (default: 01's), under a
     condition (None: each item's own): done once, in parts shared among the processes, and kept in
     work/heard/."""
-    folder, size, kept = folder or work / "data", 64, []
-    held = work / "heard" / f"{name}.{(condition or 'own').replace(':', '-')}"
+    folder, size, heard = folder or work / "data", 64, []
+    place = work / "heard" / f"{name}.{(condition or 'own').replace(':', '-')}"
     sizes = [(folder / item["audio"]).stat().st_size for item in items]
     key = digest([items, sizes, model.config["whisper"], model.config["student"], condition, window])
-    parts = [held / f"{at:06d}.pt" for at in range(0, len(items), size)]
+    parts = [place / f"{at:06d}.pt" for at in range(0, len(items), size)]
     mine = range(rank(), len(parts), world())
     for number in tqdm(mine, f"listen to {name}", unit=f"x{size} utt", leave=False, disable=rank() > 0):
         path, some = parts[number], range(len(items))[number * size:(number + 1) * size]
@@ -1162,8 +1162,8 @@ def listen_to_split(model, work, name, items, condition=None, window=30.0, folde
             write_torch(path, {"key": key, "heard": model.listen(waves, window)})
     barrier()
     for path in parts:
-        kept += torch.load(path, weights_only=True, mmap=True)["heard"]
-    return kept
+        heard += torch.load(path, weights_only=True, mmap=True)["heard"]
+    return heard
 
 
 # ----------------------------------------------------------------------------- log-probabilities and sampling
@@ -1479,10 +1479,10 @@ class Run:
         if self.done:
             print(f"{name}: done already ({self.path})" * (rank() == 0))
         elif self.resume.exists():
-            held = torch.load(self.resume, map_location="cpu", weights_only=True)
-            model.set_state(held["state"])
-            self.optimizer.load_state_dict(held["optimizer"])
-            self.step = held["step"]
+            saved = torch.load(self.resume, map_location="cpu", weights_only=True)
+            model.set_state(saved["state"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
             self.rows = [row for row in read_jsonl(self.log, torn=True) if row["step"] <= self.step]
         barrier()                                         # all have read it
         if rank() == 0 and not self.done:
