@@ -146,7 +146,7 @@ def groups(tmp_path_factory, model):
 
 SIZES = ("--train", "instruct=2,sqa=3,s2tt=1", "--valid", "instruct=1,sqa=1",
          "--test", "instruct=2,sqa=2,s2tt=1")
-TRAIN = ("--max-steps", 1, "--batch-size", 3)
+TRAIN = ("--max-steps", 1, "--batch-size", 4)
 
 
 @pytest.fixture(scope="session")
