@@ -85,8 +85,8 @@ _EMBEDDED = dict(
     conditions="clean,babble:8", encoder="wordllama")
 PRESETS = {
     "tiny": _EMBEDDED | dict(
-        train="instruct=6,sqa=6,s2tt=1", valid="instruct=2,sqa=2", test="instruct=4,sqa=6,s2tt=2",
-        sft_steps=5, sft_batch=6, rl_steps=3, rl_batch=6, held_out=4, curve_points=1, conditions="babble:8"),
+        train="instruct=5,sqa=5,s2tt=1", valid="instruct=2,sqa=2", test="instruct=4,sqa=6,s2tt=1",
+        sft_steps=5, sft_batch=4, rl_steps=3, rl_batch=4, held_out=4, curve_points=1, conditions="babble:8"),
     "small": _EMBEDDED | dict(
         student="gemma3-270m",
         train="instruct=500,sqa=1000", valid="instruct=64,sqa=128", test="instruct=300,sqa=300",
@@ -155,9 +155,8 @@ TRAIN_FLAGS = STUDENT_FLAG | {                            # of 02 and 03
     "batch-size": dict(type=count, help="groups (instructions) an update"),
     "micro-tokens": dict(type=count, help="tokens a forward pass; lower it when memory runs out"),
     "lr": dict(type=float, help="peak learning rate"),
-    "reward": dict(metavar="semantic|unechoed|MODEL", help="r of rba-group and of the held-out curve: "
-                   "closeness to y_ref; the same less half of what x's own words earn; a reward model: "
-                   "directory or hub id")}
+    "reward": dict(metavar="semantic|MODEL", help="r of rba-group and of the held-out curve: closeness to "
+                   "y_ref, or a reward model: directory or hub id")}
 
 
 def run(main):
@@ -1343,26 +1342,17 @@ def bleu_tokenizer(language):
 
 class Reward:
     """r of an answer y: a reward model's, which reads x, p and y [paper: ArmoRM]; [ours] `semantic`: cosine
-    of the sentence embeddings of y and y_ref, `unechoed`: less half of what it owes to x's own words; for
-    s2tt sentence BLEU of y against y_ref, 0 to 1 [paper]."""
+    of the sentence embeddings of y and y_ref; for s2tt sentence BLEU of y against y_ref, 0 to 1 [paper]."""
 
     def __init__(self, args, device):
-        own = {"semantic": self.semantic, "unechoed": self.unechoed}
-        if args.reward in own:
-            self.embedder, self.judge = Embedder(args.embedder, device), own[args.reward]
+        if args.reward == "semantic":
+            self.embedder, self.judge = Embedder(args.embedder, device), self.semantic
         else:
             self.judge = RewardModel(args.reward, device)
 
     def semantic(self, items, answers):
         theirs = self.embedder(answers)                                                    # (N, d)
         return (theirs * self.embedder([item["response"] for item in items])).sum(-1).tolist()
-
-    def unechoed(self, items, answers):
-        """cos(y, y_ref) - cos(y, x) cos(x, y_ref) / 2: saying the question back earns half its cosine, as a
-        y_ref that takes up its words makes it close."""
-        y, x = self.embedder(answers), self.embedder([item["text"] for item in items])    # (N, d)
-        y_ref = self.embedder([item["response"] for item in items])                        # (N, d)
-        return ((y * y_ref).sum(-1) - (y * x).sum(-1) * (x * y_ref).sum(-1) / 2).tolist()
 
     def __call__(self, items, answers):
         """N items, N texts -> list of N floats."""

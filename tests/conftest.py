@@ -1,6 +1,8 @@
 """Real embedded models, loaded once a session, in the precision that users run; a skipped test counts as
 failed in CI unless it needs a GPU."""
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import run_stage as test_size  # noqa: E402
 
 SENTENCES = ("What is the capital of France?", "Can you give me some tips on how to cook a large chicken?",
              "I am going to the store.", "Who was the first person to walk on the moon?")
@@ -45,9 +48,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in later]
 
 
-# ---------------------------------------------------------------------------- a stage in a process of its own
+# ------------------------------------------------------------------------------------- stages at test size
 def start(script, work, *flags, processes=1, **environment):
-    """A stage at test size (tests/run_stage.py says what DIE_AT and the like do)."""
+    """A stage in a process of its own (tests/run_stage.py says what DIE_AT and the like do)."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher *= processes > 1
     runner = str(Path(__file__).with_name("run_stage.py"))
@@ -75,6 +78,32 @@ def die(script, work, at, *flags, **options):
     assert process.returncode in (-signal.SIGKILL, 1), (process.returncode, out[-1000:], err[-2000:])
 
 
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing in a stage may catch it."""
+
+
+def run_here(model, script, work, *flags, die_at=None, gradients=None):
+    """A stage's main() in this process, on the model already loaded, which is left as it was; -> what it
+    printed. die_at: Killed in the middle of that write; gradients: a file, as GRADIENTS."""
+    def end():
+        raise Killed
+    printed, module = io.StringIO(), stage(script.removesuffix(".py"))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        test_size.shrink(common, module, patch.setattr)
+        patch.setattr(common, "load_speechlm", lambda *_: model)
+        patch.setattr(sys, "argv", [script, "--work", str(work), *map(str, flags)])
+        if die_at:
+            patch.setattr(os, "fsync", test_size.dying_fsync(die_at, end))
+        if gradients:
+            test_size.keep_gradients(common, gradients, patch.setattr)
+        try:
+            module.main()
+        finally:
+            model.zero_grad()
+            model.set_state(model.initial)
+    return printed.getvalue()
+
+
 # --------------------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(scope="session")
 def model():
@@ -88,6 +117,13 @@ def restored(model):
     yield model
     model.zero_grad()
     model.set_state(model.initial)
+
+
+@pytest.fixture
+def float32_model(restored, monkeypatch):
+    """The same in float32, for what is compared digit by digit."""
+    monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
+    return restored if restored.llm.dtype == torch.float32 else common.SpeechLM(common.PRESETS["tiny"])
 
 
 @pytest.fixture(scope="session")
@@ -150,13 +186,12 @@ TRAIN = ("--max-steps", 1, "--batch-size", 4)
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory):
+def work(tmp_path_factory, model):
     """One end-to-end run of the four scripts at the smallest size."""
     folder = tmp_path_factory.mktemp("run") / "work"
     run_stage("01_synthesize.py", folder, *SIZES)
-    run_stage("02_sft_warmup.py", folder, *TRAIN)
-    run_stage("03_rba_rl.py", folder, *TRAIN)
-    (folder / "stdout.txt").write_text(run_stage("04_evaluate.py", folder))
+    for script, flags in (("02_sft_warmup.py", TRAIN), ("03_rba_rl.py", TRAIN), ("04_evaluate.py", ())):
+        run_here(model, script, folder, *flags)
     return folder
 
 

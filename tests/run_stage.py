@@ -13,23 +13,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 TEST_SIZES = {"BATCH": 32, "SPEECH_GROUPS": 2, "SAMPLED": 1, "RESAMPLES": 1000}
 
 
-def die_at(number):
-    """In the place of os.fsync: it comes after the bytes were written and before the file has its name."""
+def shrink(common, stage, put=setattr):
+    """Test size: put(module, name, value) for every number of it."""
+    tiny = common.PRESETS["tiny"] | dict(voices_per_item=2, max_new=24, held_out=2, curve_points=1,
+                                         voices="piper-joe,kokoro-jf_alpha",
+                                         unheard_voices="kokoro-jf_nezumi")
+    put(common, "PRESETS", common.PRESETS | {"tiny": tiny})
+    put(common, "SAVE_EVERY", 2)
+    for name, size in TEST_SIZES.items():
+        if hasattr(stage, name):
+            put(stage, name, size)
+
+
+def sigkill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_fsync(number, end=sigkill):
+    """In the place of os.fsync: it comes after the bytes were written and before the file has its name. The
+    number-th call leaves half of a new file, or of the line just appended, and ends the process."""
     fsync, writes = os.fsync, []
 
     def dies(fd):
         writes.append(fd)
         if len(writes) == number:
             path = Path(os.readlink(f"/proc/self/fd/{fd}"))
-            data = path.read_bytes()                      # half of a new file, or of the line just appended
+            data = path.read_bytes()
             start = 0 if path.suffix == ".tmp" else data[:-1].rfind(b"\n") + 1
             os.truncate(path, (start + len(data)) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
         fsync(fd)
-    os.fsync = dies
+    return dies
 
 
-def keep_gradients(common, path):
+def keep_gradients(common, path, put=setattr):
     import torch
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -38,26 +55,21 @@ def keep_gradients(common, path):
         if not os.path.exists(path) and common.rank() == 0:
             torch.save([p.grad.clone() for p in parameters], path)
         return clip(parameters, norm)
-    common.nn.utils.clip_grad_norm_ = kept
+    put(common.nn.utils, "clip_grad_norm_", kept)
 
 
 def main():
     script, *flags = sys.argv[1:]
     sys.argv = [script, *flags]
     common, stage = importlib.import_module("common"), importlib.import_module(script.removesuffix(".py"))
-    common.PRESETS["tiny"] |= dict(voices_per_item=2, max_new=24, held_out=2, curve_points=1,
-                                   voices="piper-joe,kokoro-jf_alpha", unheard_voices="kokoro-jf_nezumi")
-    common.SAVE_EVERY = 2
-    for name, size in TEST_SIZES.items():
-        if hasattr(stage, name):
-            setattr(stage, name, size)
+    shrink(common, stage)
     if "FLOAT32" in os.environ:
         import torch
         common.native_dtype = lambda: torch.float32
     if "GRADIENTS" in os.environ:
         keep_gradients(common, os.environ["GRADIENTS"])
     if "DIE_AT" in os.environ and os.environ.get("RANK", "0") == os.environ.get("DIE_RANK", "0"):
-        die_at(int(os.environ["DIE_AT"]))
+        os.fsync = dying_fsync(int(os.environ["DIE_AT"]))
     common.run(stage.main)
 
 

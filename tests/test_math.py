@@ -257,18 +257,6 @@ def test_the_reward_of_s2tt_is_sentence_bleu_and_else_cosine():
     assert chinese > 0.5                                  # 0 in sacrebleu's default tokens: one word
 
 
-def test_unechoed_pays_half_for_the_question_said_back():
-    """In numpy: the part of y's embedding along y_ref, less half of what its part along x has of it."""
-    reward = common.Reward(SimpleNamespace(reward="unechoed", embedder="minilm-l6"), "cpu")
-    x, y_ref, other = "How do I bake bread?", "Mix flour, water and yeast.", "Knead flour and water."
-    items = [dict(task="instruct", text=x, response=y_ref)] * 3
-    found = reward(items, [x, y_ref, other])
-    e_x, e_ref, e_other = reward.embedder([x, y_ref, other]).numpy().astype(float)
-    wanted = [e_y @ (e_ref - e_x * (e_x @ e_ref) / 2) for e_y in (e_x, e_ref, e_other)]
-    assert found == pytest.approx(wanted, abs=1e-5) and found[0] == pytest.approx(e_x @ e_ref / 2, abs=1e-5)
-    assert found[1] > found[2] > found[0]
-
-
 def test_the_samples_are_described_by_hand():
     rng, samples = random.Random(0), []
     for group in "pq":
@@ -290,12 +278,11 @@ def test_the_samples_are_described_by_hand():
 
 
 @pytest.mark.parametrize("lambda_ce", [0.2, 0.0])
-def test_an_update_backpropagates_eq_5(groups, monkeypatch, lambda_ce):
+def test_an_update_backpropagates_eq_5(groups, float32_model, monkeypatch, lambda_ce):
     """Gradients and log of `backward` against the formula on each utterance alone: L_G over two pairs, L_CE
     over the nine utterances of a batch in which one group has no pair and another stands twice;
     micro-batches change nothing, what no loss reads is not computed. float32, as only order differs there."""
-    monkeypatch.setattr(common, "native_dtype", lambda: torch.float32)
-    model, items = common.SpeechLM(common.PRESETS["tiny"]), common.read_items(groups, "train")
+    model, items = float32_model, common.read_items(groups, "train")
     heard = common.listen_to_split(model, groups, "train", items, window=12.0)
     batch, samples, computed = [[0, 1, 2, 3], [4], [0, 1, 2, 3]], {}, []
     for s, i in enumerate([0, 1, 2, 3, 4]):

@@ -1,10 +1,9 @@
 """What the four scripts write in one run at the smallest size (conftest.py), and every system's answer to a
 recording."""
 import json
-import sys
 
 import torch
-from conftest import log_of, stage
+from conftest import log_of, run_here
 
 import common
 
@@ -47,10 +46,7 @@ def test_the_data_stay_between_the_stages(work):
     assert (args.preset, args.teacher, args.work) == ("tiny", "smollm2-135m", work)
 
 
-def test_ask_prints_every_systems_answer(work, restored, monkeypatch, capsys):
+def test_ask_prints_every_systems_answer(work, model):
     question = work / "data" / common.read_items(work, "test")[0]["audio"]
-    monkeypatch.setattr(common, "load_speechlm", lambda *_: restored)
-    monkeypatch.setattr(sys, "argv", ["04_evaluate.py", "--work", str(work), "--ask", str(question)])
-    stage("04_evaluate").main()
-    out = capsys.readouterr().out
+    out = run_here(model, "04_evaluate.py", work, "--ask", question)
     assert all(f"{name} |" in out for name in ("base", *NAMES))

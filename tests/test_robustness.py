@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import die, log_of, run_stage, stage
+from conftest import Killed, die, log_of, run_here, run_stage, stage
 
 import common
 
@@ -42,13 +42,14 @@ def test_02_killed_in_its_writes_repeats_every_loss(copy):
     assert "done already" in run_stage("02_sft_warmup.py", killed, *SFT)
 
 
-def test_03_killed_in_its_writes_repeats_samples_and_losses(copy):
+def test_03_killed_in_its_writes_repeats_samples_and_losses(copy, model):
     """Two rounds; killed in a sample and in the second round's log."""
     whole, killed = copy("whole"), copy("killed")
-    run_stage("03_rba_rl.py", whole, *GROUP)
+    run_here(model, "03_rba_rl.py", whole, *GROUP)
     for at in (7, 11):
-        die("03_rba_rl.py", killed, at, *GROUP)
-    run_stage("03_rba_rl.py", killed, *GROUP)
+        with pytest.raises(Killed):
+            run_here(model, "03_rba_rl.py", killed, *GROUP, die_at=at)
+    run_here(model, "03_rba_rl.py", killed, *GROUP)
     assert log_of(whole, "rba-group") == log_of(killed, "rba-group")
     assert same_state(whole, killed, "rba-group")
     samples = [(work / "samples" / "rba-group.jsonl").read_text() for work in (whole, killed)]
@@ -85,7 +86,7 @@ def test_04_killed_goes_on(work, copy):
 @pytest.mark.parametrize("script, flags", [
     pytest.param("02_sft_warmup.py", ("--objective", "sft", "--init", "none"), marks=pytest.mark.slow),
     ("03_rba_rl.py", ("--objective", "rba-group", "--init", "none"))])
-def test_two_processes_have_the_gradients_of_one(copy, script, flags):
+def test_two_processes_have_the_gradients_of_one(copy, float32_model, script, flags):
     """float32; an odd number of groups, in two voices, of unequal lengths, and micro-batches of one."""
     gradients, logs = [], []
     for processes in (1, 2):
@@ -93,7 +94,10 @@ def test_two_processes_have_the_gradients_of_one(copy, script, flags):
         rows = common.read_jsonl(work / "data" / "train.jsonl")
         common.write_jsonl(work / "data" / "train.jsonl", [row for row in rows if row["id"][-1] in "01"])
         sizes = ("--max-steps", 1, "--batch-size", 3, "--micro-tokens", 300 // processes, "--out", "x")
-        run_stage(script, work, *flags, *sizes, processes=processes, FLOAT32=1, GRADIENTS=work / "gradients")
+        if processes == 1:
+            run_here(float32_model, script, work, *flags, *sizes, gradients=work / "gradients")
+        else:
+            run_stage(script, work, *flags, *sizes, processes=2, FLOAT32=1, GRADIENTS=work / "gradients")
         gradients.append(torch.load(work / "gradients", weights_only=True))
         logs.append(log_of(work, "x"))
     for one, two in zip(*gradients):
