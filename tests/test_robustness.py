@@ -1,4 +1,5 @@
 """Kills, several processes, full disks and what users get wrong, on real stages at the smallest size."""
+import functools
 import json
 import shutil
 import sys
@@ -23,7 +24,7 @@ def copy(groups, tmp_path):
     return new
 
 
-def same_state(a, b, name, exact=True):
+def same_state(a, b, name):
     a, b = (torch.load(work / f"{name}.pt", weights_only=True)["state"] for work in (a, b))
     return all(torch.equal(a[key], b[key]) for key in a)
 
@@ -42,14 +43,22 @@ def test_02_killed_in_its_writes_repeats_every_loss(copy):
     assert "done already" in run_stage("02_sft_warmup.py", killed, *SFT)
 
 
-def test_03_killed_in_its_writes_repeats_samples_and_losses(copy, model):
-    """Two rounds; killed in a sample and in the second round's log."""
-    whole, killed = copy("whole"), copy("killed")
-    run_here(model, "03_rba_rl.py", whole, *GROUP)
-    for at in (7, 11):
+@pytest.fixture(params=["in this process", pytest.param("SIGKILL", marks=pytest.mark.slow)])
+def run_and_die(request, model):
+    """How a stage is run and killed: (run(script, work, flags...), die(script, work, at, flags...))."""
+    def die_here(script, work, at, *flags):
         with pytest.raises(Killed):
-            run_here(model, "03_rba_rl.py", killed, *GROUP, die_at=at)
-    run_here(model, "03_rba_rl.py", killed, *GROUP)
+            run_here(model, script, work, *flags, die_at=at)
+    return (run_stage, die) if request.param == "SIGKILL" else (functools.partial(run_here, model), die_here)
+
+
+def test_03_killed_in_its_writes_repeats_samples_and_losses(copy, run_and_die):
+    """Two rounds; killed in a sample and in the second round's log."""
+    whole, killed, (run, killed_run) = copy("whole"), copy("killed"), run_and_die
+    run("03_rba_rl.py", whole, *GROUP)
+    for at in (7, 11):
+        killed_run("03_rba_rl.py", killed, at, *GROUP)
+    run("03_rba_rl.py", killed, *GROUP)
     assert log_of(whole, "rba-group") == log_of(killed, "rba-group")
     assert same_state(whole, killed, "rba-group")
     samples = [(work / "samples" / "rba-group.jsonl").read_text() for work in (whole, killed)]
