@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in later]
 
 
-# ------------------------------------------------------------------------------------- stages at test size
+# ---------------------------------------------------------------------------------------- stages at test size
 def start(script, work, *flags, processes=1, **environment):
     """A stage in a process of its own (tests/run_stage.py says what DIE_AT and the like do)."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
