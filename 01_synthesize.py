@@ -93,8 +93,8 @@ def check_instruction(task, text, ended):
 
 
 def check_answer(row, ended):
-    """The filter that drops y_ref, or "". An sqa answer: one to five words, not all from the question, and
-    as the sentence has them that opened it."""
+    """The filter that drops y_ref, or "". An sqa answer: one to five words, not all from the question, that
+    stand so in the sentence which opened it."""
     task, answer = row["task"], row["response"]
     speakable = "\n" not in answer if task == "s2tt" else is_speakable(answer)       # s2tt: in any script
     tests = {"answer ended": ended and common.has_words(answer), "answer speakable": speakable}
@@ -116,11 +116,10 @@ def content_words(text):
 
 # ----------------------------------------------------------------------------- 1, 2: instructions and answers
 class LocalTeacher:
-    """The teacher's weights here; one process that sees several GPUs spreads them over all."""
+    """The teacher's weights here."""
 
     def __init__(self, name, device):
-        spread = "auto" if torch.cuda.device_count() > 1 and common.world() == 1 else None
-        self.tokenizer, self.llm = common.load_llm(name, spread or device)
+        self.tokenizer, self.llm = common.load_llm(name, common.spread(device))
 
     @torch.inference_mode()
     def write(self, prompt, end_id, max_new, seeds, top_p):
@@ -143,7 +142,8 @@ class ServedTeacher(common.Served):
         from transformers import AutoTokenizer
         super().__init__(spec)
         with common.loading(self.model, "tokenizer") as path:
-            self.tokenizer = common.checked(AutoTokenizer.from_pretrained(path), self.model)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = common.checked(tokenizer, self.model)
 
     def ask(self, prompt, end_id, max_new, temperature=0.0, top_p=1.0, seed=0):
         """One continuation of a prompt of token ids: (text, ended)."""
@@ -253,13 +253,9 @@ def answer_instructions(teacher, task, rows, args):
         row["dropped"] = check_answer(row, ended)
 
 
-def batch_path(args, name, batch):
-    return args.work / "data" / "batches" / f"{name}-{batch:04d}.jsonl"
-
-
 def text_batch(task, batch, args):
     """Rows of one text batch, written once and kept."""
-    path = batch_path(args, task, batch)
+    path = args.work / "data" / "batches" / f"{task}-{batch:04d}.jsonl"
     if not path.exists():
         teacher = load_teacher(args.teacher, args.device)
         if task == "s2tt" and args.s2tt != "none":
@@ -296,7 +292,7 @@ def write_texts(task, wanted, known, args):
                 bar.update()
             rows.append(row)
         read += 1
-        if not batch or read > kept + 20:
+        if not batch or read > kept + 20:                 # under one usable turn a batch
             raise UserError(f"{task}: {read} batches hold {kept} turns that can be used, not {wanted}; give "
                             "another --teacher or --s2tt, or ask for fewer")
     bar.close()
@@ -334,9 +330,9 @@ def utterances_of(row, split, voices, unheard, args):
     """A row -> the utterances x^(s) of its group, as train.jsonl has them, still without speech."""
     group, task, items = row["id"], row["task"], []
     seed = derive_seed(args.seed, group, "voices")
-    chosen = choose_voices(voices, unheard, split, task, args.voices_per_item, seed)
-    if "recording" in row:
-        chosen = ["recording"] * args.voices_per_item     # one speaker, answered S times by stage 3
+    chosen = ["recording"] * args.voices_per_item         # one speaker, answered S times by stage 3
+    if "recording" not in row:
+        chosen = choose_voices(voices, unheard, split, task, args.voices_per_item, seed)
     for s, voice in enumerate(chosen):
         item = dict(
             id=f"{group}-{s}", group=group, split=split, task=task,
@@ -461,7 +457,7 @@ def speak(items, threads=1):
 
 def spoken_batch(batch, groups, args):
     """The utterances of a batch of groups, spoken into wav files and heard by Whisper once, and kept."""
-    path = batch_path(args, "speech", batch)
+    path = args.work / "data" / "batches" / f"speech-{batch:04d}.jsonl"
     if path.exists():
         return common.read_jsonl(path)
     items = list(itertools.chain(*groups[batch * SPEECH_GROUPS:(batch + 1) * SPEECH_GROUPS]))
@@ -549,10 +545,12 @@ def read_voices(args):
 def main():
     args = common.parse_args(__doc__, FLAGS)
     counts = {split: parse_counts(getattr(args, split)) for split in SPLITS}
-    voices, unheard = read_voices(args)
+    asked, voices, unheard = sum(counts.values(), Counter()), [], []        # asked: groups a task
+    if args.s2tt == "none" or asked["instruct"] + asked["sqa"]:             # not recordings alone
+        voices, unheard = read_voices(args)
     args.device, data = common.setup_processes(), args.work / "data"
     if args.s2tt != "none":
-        if not any(asked["s2tt"] for asked in counts.values()):
+        if not asked["s2tt"]:
             raise UserError("--s2tt: no split asks for s2tt; name all tasks in --train, --valid, --test")
         args.language = common.language_name(recordings(args.s2tt, args.seed)[0]["language"])
     if "://" in args.teacher and "#" not in args.teacher:     # the server's only model
@@ -568,7 +566,7 @@ def main():
     # ---- 1, 2, 3: instructions, answers, filters
     rows, known = [], set()
     for task in TASKS:
-        rows += write_texts(task, sum(counts[split][task] for split in SPLITS), known, args)
+        rows += write_texts(task, asked[task], known, args)
     # ---- 4: groups of voices, speech
     groups = []
     for split, chosen in assign_splits(rows, counts, args.seed).items():

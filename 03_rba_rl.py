@@ -49,8 +49,8 @@ FLAGS = {"objective": dict(choices=("rba-group", "rba-single"), help="this one a
                            "none: V = pi_theta"),
          "rounds": dict(type=common.count, help="how often samples are drawn"),
          "control": dict(choices=("shuffled", "positive", "text"), default="none", help="a run to compare "
-                         "with: chance decides among what may be the positive; no negative; trained on the "
-                         "true words, not on what was heard")
+                         "with; shuffled: chance picks the positive; positive: no negative; text: the true "
+                         "words for what was heard")
          } | common.TRAIN_FLAGS
 SAMPLED = 32                                              # groups sampled, judged and written at once
 TIE = 0.02                                                # nats: a smaller margin of log V is rounding's

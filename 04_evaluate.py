@@ -26,7 +26,9 @@ Reads DIR/data/, DIR/*.pt. Writes DIR/answers/, results.json, results.md, result
 
     python 04_evaluate.py                              every system in DIR
     torchrun --nproc-per-node 8 04_evaluate.py         the same, systems shared among 8 GPUs
-    python 04_evaluate.py --data llama_questions:PATH  a public set as published -> results-NAME.json
+    python 04_evaluate.py --data llama_questions:PATH  a public set as published -> results-NAME.json; a local
+                                                       teacher that needs several GPUs: `--systems text` alone
+                                                       first, so, before torchrun
     python 04_evaluate.py --ask question.wav           every system's answer to one recording; with
                                                        --work assets, of the checkpoints shipped there
     python 04_evaluate.py --draw results.json          tables and figure of a results.json again
@@ -123,7 +125,7 @@ def question_table(path):
 def own_items(path):
     """JSONL of id, audio, task, instruction, reference (one or a list), language; or a split of 01's."""
     for row in common.read_jsonl(path):
-        yield row | dict(text=row.get("text") or row["instruction"], audio=row["audio"])
+        yield row | dict(text=str(row.get("text") or row["instruction"]), audio=str(row["audio"]))
 
 
 READERS = {"llama_questions": question_table, "openaudiobench": question_table} | common.TRANSLATIONS
@@ -131,8 +133,8 @@ READERS = {"llama_questions": question_table, "openaudiobench": question_table} 
 
 def complete(item, number, language):
     """Give a public set's item, the number-th, the fields of ours."""
-    item.setdefault("id", str(number))
-    item.setdefault("group", item["id"])                  # one voice
+    item["id"] = str(item.get("id", number))
+    item["group"] = str(item.get("group", item["id"]))    # else one voice
     item.setdefault("task", "s2tt" if "language" in item else "sqa")
     item["language"] = common.language_name(item.get("language", language))
     item.setdefault("prompt", common.REQUESTS[item["task"]].format(language=item["language"]))
@@ -180,14 +182,9 @@ def usable(items):
 
 
 # ---------------------------------------------------------------------------------------------------- answers
-def trained_in(work):
-    """Names of the checkpoints in DIR."""
-    return [path.stem for path in work.glob("*.pt") if not path.stem.endswith(".resume")]
-
-
 def choose_checkpoints(args):
     """Names of the checkpoints to evaluate, in the tables' order; UserError for one that is not in DIR."""
-    trained = trained_in(args.work)
+    trained = [path.stem for path in args.work.glob("*.pt") if not path.stem.endswith(".resume")]
     chosen = args.systems.split(",") if args.systems else [*UNTRAINED, *trained]
     for name in set(chosen) - {*UNTRAINED, *trained}:
         raise UserError(f"--systems {name}: no {args.work / name}.pt; there are {', '.join(sorted(trained))}")
@@ -216,7 +213,7 @@ def answer(model, checkpoint, items, heard, args):
     elif "response" in items[0]:                          # y_ref, as 01 wrote it
         return field(items, "response")
     else:
-        tokenizer, llm = common.load_llm(args.teacher, model.device)
+        tokenizer, llm = common.load_llm(args.teacher, common.spread(model.device))
         prompts = [common.text_ids(tokenizer, item["text"], item["prompt"]) for item in items]
         end_id = common.chat_parts(tokenizer)[2]
         replies = common.answer_typed(llm, tokenizer, prompts, end_id, args.max_new)
@@ -467,10 +464,15 @@ class ServedJudge(common.Served):
 class RewardJudge(common.RewardModel):
     """A reward model: the higher reward wins, equal ones are half a win each."""
 
+    @functools.cache                                      # an answer meets those of many systems
+    def reward(self, text, prompt, answer):
+        [reward] = super().__call__([dict(text=text, prompt=prompt)], [answer])
+        return reward
+
     def __call__(self, rows, others):
-        rewards = super().__call__(rows, field(rows, "answer"))
-        margins = np.subtract(rewards, super().__call__(others, field(others, "answer")))
-        return ((1 + np.sign(margins)) / 2).tolist()
+        def rewards(some):
+            return [self.reward(row["text"], row["prompt"], row["answer"]) for row in some]
+        return ((1 + np.sign(np.subtract(rewards(rows), rewards(others)))) / 2).tolist()
 
 
 class KeptJudge:
@@ -726,11 +728,11 @@ def main():
     else:
         items = common.read_items(args.work, "test")
         train_voices = set(field(common.read_items(args.work, "train"), "voice"))
-    answers = args.work / "answers" / name
+    kept = args.work / "answers" / name
     # ---- models
     judge = None
     if args.judge and common.rank() == 0:
-        judge = KeptJudge(args.judge, device, answers / "judged.jsonl")
+        judge = KeptJudge(args.judge, device, kept / "judged.jsonl")
     model = common.load_speechlm(vars(args), device)
     if "text" in checkpoints and getattr(args, "served", False) and "response" not in items[0]:
         checkpoints.remove("text")                        # [ours] a served teacher answers in 01 alone
@@ -743,7 +745,7 @@ def main():
     for condition in args.conditions:
         heard = common.listen_to_split(model, args.work, name, usable(items), condition, window, folder)
         def answers_of(checkpoint):
-            return [kept_answers(model, checkpoint, answers, condition, items, heard, args)]
+            return [kept_answers(model, checkpoint, kept, condition, items, heard, args)]
         rows = common.shared(checkpoints, answers_of, desc=f"answer {condition}")
         by_condition[condition] = dict(zip(checkpoints, rows))
     if common.rank():

@@ -69,7 +69,7 @@ PROMPT_TOKENS = 40                                      # of a prompt without th
 # A preset sets every number of a run; flags override some of them. Counts are groups (instructions)
 # a task; batch sizes are groups an update. `rl_steps` x `rl_batch` is also the budget of `sft+` and `kd`.
 # A run's held-out curve is measured before its first update and `curve_points` times more, on `held_out`
-# groups.
+# groups; every `save_every` updates it writes what a killed run goes on from.
 _EMBEDDED = dict(
     teacher="smollm2-135m", student="smollm2-135m", whisper="whisper-tiny.en", embedder="minilm-l6",
     reward="semantic", language="French",
@@ -80,7 +80,7 @@ _EMBEDDED = dict(
     instruction_tokens=32, top_p=0.9, max_new=48, max_seconds=9.0,
     # 02 and 03
     lora_r=16, checkpointing=False, micro_tokens=2048, lr=1e-4, beta=0.1, lambda_ce=0.2,
-    ce_reduction="sum", temperature=0.7, rounds=1, curve_points=10,
+    ce_reduction="sum", temperature=0.7, rounds=1, curve_points=10, save_every=10,
     # 04
     conditions="clean,babble:8", encoder="wordllama")
 PRESETS = {
@@ -98,7 +98,7 @@ PRESETS = {
         reward="Skywork/Skywork-Reward-V2-Llama-3.1-8B",
         voices="en_US-libritts_r-medium.onnx#0-799", unheard_voices="en_US-libritts_r-medium.onnx#800-903",
         train_conditions="clean", instruction_tokens=96, top_p=0.99, max_new=256, max_seconds=30.0,
-        checkpointing=True, temperature=1.0,
+        checkpointing=True, temperature=1.0, save_every=200,
         train="instruct=250000,sqa=20000", valid="instruct=128,sqa=128", test="instruct=1600,sqa=1000",
         sft_steps=30_000, sft_batch=32, rl_steps=8_000, rl_batch=32, held_out=128)}
 
@@ -122,13 +122,14 @@ def count(text):
 def parse_args(doc, flags, argv=None):
     """Preset + flags -> Namespace with every number of the run.
 
-    `flags`: {name: keyword arguments of add_argument}; one named like a preset key overrides it. Preset and
-    teacher are those that the data in --work were made with. UserError for an unknown flag, preset or value.
+    `flags`: {name: keyword arguments of add_argument}; one named like a preset key overrides it. Preset,
+    teacher and language are those that the data in --work were made with. UserError for an unknown flag,
+    preset or value.
     """
     parser = _Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="sets every number (default: the data's, or tiny)")
     parser.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="working directory")
-    parser.add_argument("--seed", type=int, default=0, help="all random numbers of 01, 02, 03 derive from it")
+    parser.add_argument("--seed", type=int, default=0, help="of data, samples and batches in 01, 02 and 03")
     parser.add_argument("--teacher", help="a causal LM: directory, hub id, or http://HOST:PORT/v1#MODEL")
     for name, options in flags.items():
         parser.add_argument(f"--{name}", **options)
@@ -137,7 +138,7 @@ def parse_args(doc, flags, argv=None):
     made, own = args.work / "data" / "config.json", {"preset": args.preset or "tiny"}
     if made.is_file() and "train" not in flags:           # 01 compares all of its configuration
         config = json.loads(made.read_text())["config"]
-        own = {key: config[key] for key in ("preset", "teacher", "served")}
+        own = {key: config[key] for key in ("preset", "teacher", "served", "language")}
         for key in own.keys() & given.keys():
             if given[key].rpartition("#")[2] != own[key]:
                 raise UserError(f"--{key} {given[key]}: the data in {args.work} were made with {own[key]}; "
@@ -353,8 +354,8 @@ def gather(values):
 
 def shared(parts, function, keep=None, **bar):
     """function(part) of every part, a list, concatenated in the parts' order; the processes share the parts,
-    so what comes out does not depend on their number. keep: what one does with a turn's; bar: tqdm's
-    options."""
+    so what comes out does not depend on their number. keep(rows): called by one of them after each turn; bar:
+    tqdm's options."""
     rows = []
     for at in tqdm(range(0, len(parts), world()), leave=False, disable=rank() > 0 or not bar, **bar):
         new = gather([row for part in parts[at + rank():at + rank() + 1] for row in function(part)])
@@ -556,8 +557,8 @@ def loading(name, kind):
         yield path
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
-        raise UserError(f"{name}: no {kind} can be loaded ({reason}); give a local path, a reachable hub id, "
-                        f"or one of {', '.join(EMBEDDED)}") from None
+        raise UserError(f"{name}: no {kind} can be loaded ({reason}); give a local path or a reachable hub "
+                        "id") from None
 
 
 def cpu_has_bfloat16():
@@ -576,10 +577,15 @@ def load_llm(name, device="cpu"):
     """(tokenizer, causal LM): a text LLM as a teacher, frozen, computing as the SpeechLM's does (`adapt`); on
     a device, or "auto": over all GPUs."""
     with loading(name, "causal LM") as path:
-        tokenizer = checked(transformers.AutoTokenizer.from_pretrained(path), name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         llm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype(), device_map=device)
     adapt(llm, 0)
-    return tokenizer, llm
+    return checked(tokenizer, name), llm
+
+
+def spread(device):
+    """Where a large teacher goes: over all the GPUs that one process alone sees, else on its device."""
+    return "auto" if torch.cuda.device_count() > 1 and world() == 1 else device
 
 
 def checked(tokenizer, name):
@@ -1004,8 +1010,9 @@ class SpeechLM(nn.Module):
 
     def _load(self, config, device):
         with loading(config["student"], "causal LM") as path:
-            self.tokenizer = checked(transformers.AutoTokenizer.from_pretrained(path), path)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             llm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype())
+        self.tokenizer = checked(tokenizer, config["student"])
         self.llm, self.asr = llm.to(device), load_whisper(config["whisper"], device)
 
     # ---- speech -> what the LLM reads of it
@@ -1101,8 +1108,7 @@ class PublishedSpeechLM(SpeechLM):
     def _speech_prompt(self, prompt):
         content = [{"type": "audio", "audio_url": "speech"}]
         content += [{"type": "text", "text": prompt}] * bool(prompt)
-        chat = [{"role": "system", "content": SYSTEM}] if SYSTEM is not None else []
-        chat.append({"role": "user", "content": content})
+        chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def speech_parts(self, prompt):
@@ -1136,12 +1142,8 @@ class PublishedSpeechLM(SpeechLM):
             rows.append(dict(text=text, ids=[self.audio_id] * len(states), states=states))
         return rows
 
-    def read(self, text):
-        row = super().read(text)
-        return row | dict(states=embed(self.llm, row["ids"]).cpu())
-
-    def hear(self, row):
-        return row["states"].to(self.device, torch.float32)
+    def hear(self, row):                                  # typed words have no states
+        return row["states"].to(self.device, torch.float32) if "states" in row else super().hear(row)
 
 
 def listen_to_split(model, work, name, items, condition=None, window=30.0, folder=None):
@@ -1270,7 +1272,8 @@ def sample(llm, prompts, end_id, max_new, seeds, temperature=1.0, top_p=1.0):
     body, head, device = llm.get_decoder().eval(), llm.get_output_embeddings(), prompts[0].device
     hidden, cache, bias, sizes = _prefill(llm, prompts, max_new)
     width, counts = max(map(len, prompts)), [len(own) for own in seeds]
-    owner = torch.repeat_interleave(torch.tensor(counts)).to(device)   # (rows,) whose prompt each continues
+    # which rows to take stands on the CPU: the cache of a large teacher lies on several GPUs
+    owner = torch.repeat_interleave(torch.tensor(counts))   # (rows,) whose prompt each continues
     cache.batch_select_indices(owner)
     hidden, bias, sizes = hidden[owner], bias[owner], sizes[owner]
     seeds = list(itertools.chain(*seeds))                                                  # of each row
@@ -1293,7 +1296,7 @@ def sample(llm, prompts, end_id, max_new, seeds, temperature=1.0, top_p=1.0):
         if not going or t == max_new - 1:
             break
         if len(going) <= 0.9 * len(alive):                # not for every row: it copies the cache
-            going = torch.tensor(going, device=device)
+            going = torch.tensor(going)
             cache.batch_select_indices(going)
             alive, token, bias, sizes = alive[going], token[going], bias[going], sizes[going]
         hidden = body(inputs_embeds=embed(llm, token)[:, None], attention_mask=bias[..., :width + t + 1],
@@ -1437,7 +1440,6 @@ def learning_rate(step, steps, peak):
 
 
 MAX_GRAD_NORM = 1.0                                       # [ours] losses sum over tokens: it acts as a rule
-SAVE_EVERY = 10                                           # updates between resume files
 
 
 class Run:
@@ -1457,7 +1459,7 @@ class Run:
         self.model, self.name, self.steps, self.lr, self.held_out = model, name, steps, args.lr, held_out
         self.path, self.log = args.work / f"{name}.pt", args.work / "logs" / f"{name}.jsonl"
         self.resume, self.step, self.rows = args.work / f"{name}.resume.pt", 0, []
-        self.points = args.curve_points
+        self.points, self.save_every = args.curve_points, args.save_every
         facts |= dict(init=fingerprint(init), steps=steps, lr=args.lr, seed=args.seed,
                       data=fingerprint(args.work / "data" / "train.jsonl"))
         parent = model.load(init)
@@ -1520,7 +1522,7 @@ class Run:
         if self.step * self.points // self.steps > (self.step - 1) * self.points // self.steps:
             row |= self.held_out.measure(self.start)
         self.write(row)
-        if self.step % SAVE_EVERY == 0:
+        if self.step % self.save_every == 0:
             self.save()
 
     def save(self):

@@ -166,7 +166,7 @@ def write_groups(work):
                              condition=f"babble:{snr}"))
     for split in common.SPLITS:
         common.write_jsonl(work / "data" / f"{split}.jsonl", rows)
-    config = {"preset": "tiny", "teacher": "smollm2-135m", "served": False}
+    config = dict(preset="tiny", teacher="smollm2-135m", served=False, language="French")
     common.write_json(work / "data" / "config.json", {"config": config})
     return work
 

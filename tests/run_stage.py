@@ -16,10 +16,9 @@ TEST_SIZES = {"BATCH": 32, "SPEECH_GROUPS": 2, "SAMPLED": 1, "RESAMPLES": 1000}
 def shrink(common, stage, put=setattr):
     """Test size: put(module, name, value) for every number of it."""
     tiny = common.PRESETS["tiny"] | dict(voices_per_item=2, max_new=24, held_out=2, curve_points=1,
-                                         voices="piper-joe,kokoro-jf_alpha",
+                                         save_every=2, voices="piper-joe,kokoro-jf_alpha",
                                          unheard_voices="kokoro-jf_nezumi")
     put(common, "PRESETS", common.PRESETS | {"tiny": tiny})
-    put(common, "SAVE_EVERY", 2)
     for name, size in TEST_SIZES.items():
         if hasattr(stage, name):
             put(stage, name, size)

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,19 +99,19 @@ def ours(folder, waves):
     """Without a reference (for a judge), with one, with several, with a number; files missing or no audio."""
     record(folder / "a.wav", waves[0])
     (folder / "broken.wav").write_text("no audio")
-    rows = [dict(id="a", audio="a.wav", task="sqa", instruction=FRANCE, reference="Paris"),
+    rows = [dict(id=7, audio="a.wav", task="sqa", instruction=FRANCE, reference="Paris"),
             dict(id="b", audio="a.wav", task="instruct", text=FRANCE, reference=["Paris.", "It is Paris."]),
             dict(id="c", audio="a.wav", task="s2tt", text=FRANCE, reference="法国的首都是哪里？", language="zh"),
             dict(id="d", audio="a.wav", task="instruct", instruction=FRANCE),
             dict(audio="a.wav", instruction=FRANCE, reference=1969),
             dict(id="e", audio="a.wav", task="instruct", instruction=FRANCE, reference=None),
             dict(id="f", audio="a.wav", task="instruct", instruction=FRANCE, reference="")]
-    rows += [dict(id=id_, audio=f"{id_}.wav", instruction="Hello?") for id_ in ("broken", "gone")]
+    rows += [dict(id=id_, audio=f"{id_}.wav", instruction="Hello?") for id_ in ("broken", 8)]
     common.write_jsonl(folder / "mine.jsonl", rows)
     expected = [("sqa", FRANCE, ["Paris"]), ("instruct", FRANCE, ["Paris.", "It is Paris."]),
                 ("s2tt", FRANCE, ["法国的首都是哪里？"]), ("instruct", FRANCE, []), ("sqa", FRANCE, ["1969"])]
     expected += [("instruct", FRANCE, [])] * 2
-    return str(folder / "mine.jsonl"), expected, ["broken", "gone"]
+    return str(folder / "mine.jsonl"), expected, ["broken", "8"]
 
 
 SETS = (llama_questions, trivia_qa, web_questions, covost2, mustc, fleurs, ours)
@@ -318,10 +319,13 @@ def test_of_two_answers_the_higher_reward_wins(monkeypatch):
     rewards = {"Good.": 2.0, "Bake.": -1.0, "Neil.": 0.5}
 
     def score(_, rows, answers):
+        read.extend(answers)
         return [rewards[answer] for answer in answers]
+    read = []
     monkeypatch.setattr(common.RewardModel, "__call__", score)
     judge = evaluate.RewardJudge.__new__(evaluate.RewardJudge)
     assert judge(rows_of("Good.", "Bake.", "Neil."), rows_of("Bake.", "Good.", "Neil.")) == [1, 0, 0.5]
+    assert read == ["Good.", "Bake.", "Neil.", "Bake.", "Good."]           # the same answer to the last: once
 
 
 @pytest.mark.parametrize("reply, expected", [
@@ -449,7 +453,8 @@ def test_of_one_instruction_there_is_no_other():
 def test_a_resume_file_is_no_checkpoint(tmp_path):
     for name in ("sft.pt", "sft+.resume.pt"):
         (tmp_path / name).touch()
-    assert evaluate.trained_in(tmp_path) == ["sft"]
+    args = SimpleNamespace(work=tmp_path, systems=None)
+    assert evaluate.choose_checkpoints(args) == ["text", "base", "sft"]
 
 
 def instruct_rows(answers, transcripts, groups):

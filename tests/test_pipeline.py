@@ -40,10 +40,14 @@ def test_samples_can_be_read(work):
     assert start["samples/tokens"] > 0 and 0 <= start["samples/in_a_pair"] <= 1
 
 
-def test_the_data_stay_between_the_stages(work):
-    """Preset and teacher are the data's: 02 to 04 need no flag that 01 was given."""
+def test_the_data_stay_between_the_stages(work, tmp_path):
+    """Preset, teacher and language are the data's: 02 to 04 need no flag that 01 was given."""
     args = common.parse_args("", {}, ["--work", str(work)])
     assert (args.preset, args.teacher, args.work) == ("tiny", "smollm2-135m", work)
+    config = dict(preset="small", teacher="t", served=True, language="Spanish")
+    common.write_json(tmp_path / "data" / "config.json", {"config": config})
+    args = common.parse_args("", {}, ["--work", str(tmp_path)])
+    assert {key: getattr(args, key) for key in config} == config and args.held_out == 128
 
 
 def test_ask_prints_every_systems_answer(work, model):

@@ -148,6 +148,12 @@ def test_a_batch_is_each_wave_alone_in_any_order(published, waves):
             torch.testing.assert_close(other["states"], row["states"], rtol=1e-4, atol=1e-4)
 
 
+def test_typed_words_are_embedded_when_they_are_read(published):
+    typed = published.ours.read("Go home.")               # no vectors are kept for a million of them
+    assert typed.keys() == {"text", "ids"}
+    torch.testing.assert_close(published.ours.hear(typed), common.embed(published.ours.llm, typed["ids"]))
+
+
 def test_greedy_answers_are_those_of_generate(published, waves):
     answers = published.ours.answer(published.heard, REQUESTS, 8)
     for wave, request, answer in zip(waves, REQUESTS, answers):
@@ -268,13 +274,20 @@ def test_a_teacher_with_other_tokens_teaches_by_its_words_alone(run, work, token
     write_llama(student, transformers.LlamaForCausalLM, tokenizer)
     tokenizer.add_tokens(["<|one more|>"])
     write_llama(teacher, transformers.LlamaForCausalLM, tokenizer)
-    config = {"preset": "tiny", "teacher": str(teacher), "served": False}
+    config = dict(preset="tiny", teacher=str(teacher), served=False, language="French")
     common.write_json(work / "data" / "config.json", {"config": config})
     flags = "--student", student, "--max-steps", 1, "--batch-size", 2
     run("02_sft_warmup", *flags)                          # all that can be computed
     assert {path.name for path in work.glob("*.pt")} == {"sft.pt", "sft+.pt"}
     with pytest.raises(common.UserError, match="different token ids; use --objective sft"):
         run("02_sft_warmup", *flags, "--objective", "kd")
+
+
+def test_a_base_model_without_a_template_is_one_line(tokenizer, tmp_path):
+    tokenizer.chat_template = None
+    write_llama(tmp_path, transformers.LlamaForCausalLM, tokenizer)
+    with pytest.raises(common.UserError, match=f"^{tmp_path}: its tokenizer has no chat template"):
+        common.load_llm(str(tmp_path))
 
 
 def test_rewards_are_the_reward_models_own(tokenizer, tmp_path):

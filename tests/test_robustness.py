@@ -161,7 +161,7 @@ def remove(name):
 
 
 def served(work):
-    config = {"preset": "tiny", "teacher": "smollm2-135m", "served": True}
+    config = dict(preset="tiny", teacher="smollm2-135m", served=True, language="French")
     common.write_json(work / "data" / "config.json", {"config": config})
     row = dict(id="0", audio="data/audio/0-0.wav", task="sqa", instruction="Who?", reference="Nobody")
     common.write_jsonl(work / "set.jsonl", [row])
