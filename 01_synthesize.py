@@ -545,8 +545,8 @@ def read_voices(args):
 def main():
     args = common.parse_args(__doc__, FLAGS)
     counts = {split: parse_counts(getattr(args, split)) for split in SPLITS}
-    asked, voices, unheard = sum(counts.values(), Counter()), [], []        # asked: groups a task
-    if args.s2tt == "none" or asked["instruct"] + asked["sqa"]:             # not recordings alone
+    asked, voices, unheard = sum(counts.values(), Counter()), [], []
+    if args.s2tt == "none" or asked["instruct"] + asked["sqa"]:   # recordings alone need no voices
         voices, unheard = read_voices(args)
     args.device, data = common.setup_processes(), args.work / "data"
     if args.s2tt != "none":

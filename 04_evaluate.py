@@ -26,9 +26,9 @@ Reads DIR/data/, DIR/*.pt. Writes DIR/answers/, results.json, results.md, result
 
     python 04_evaluate.py                              every system in DIR
     torchrun --nproc-per-node 8 04_evaluate.py         the same, systems shared among 8 GPUs
-    python 04_evaluate.py --data llama_questions:PATH  a public set as published -> results-NAME.json; a local
-                                                       teacher that needs several GPUs: `--systems text` alone
-                                                       first, so, before torchrun
+    python 04_evaluate.py --data llama_questions:PATH  a public set as published -> results-NAME.json; if the
+                                                       teacher fills several GPUs, so with --systems text
+                                                       before torchrun
     python 04_evaluate.py --ask question.wav           every system's answer to one recording; with
                                                        --work assets, of the checkpoints shipped there
     python 04_evaluate.py --draw results.json          tables and figure of a results.json again
