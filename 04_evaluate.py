@@ -8,8 +8,8 @@ trained, DIR/NAME.pt. NAME-s1.pt, NAME-s2.pt are further training seeds of the s
    text, sft. [ours] --judge: an LLM by URL, asked in both orders, or a reward model; else the answer closer
    to y_ref wins, without LC. Spoken-Alpaca, the paper's set out of domain, goes in by --data FILE.jsonl.
 2. [paper] Spoken question answering: accuracy. [ours] An answer is right that holds a reference's words as
-   one run, after Whisper's normalisation: the paper does not give its rule. Every question, of a public set
-   too, has p behind it: one to five words.
+   one run, after Whisper's normalisation or TriviaQA's: the paper does not give its rule. Every question, of
+   a public set too, has p behind it: one to five words.
 3. [paper] Translation: corpus BLEU (sacrebleu as it is, its version in results.json); [ours] chrF beside it.
 4. [paper] Consistency: mean cosine of the answers to one instruction in its voices, by
    paraphrase-mpnet-base-v2; [ours] in tiny and small by WordLlama, which is no reward either; beside the
@@ -372,10 +372,21 @@ def beyond_x(vectors, rows):
     return cosines(vectors, rows) - echoes
 
 
+def without_articles(text):
+    """TriviaQA's own normalisation, which its published answers went through."""
+    return " ".join(re.sub(r"\W|_|\b(an?|the)\b", " ", text.lower()).split())
+
+
+def is_right(answer, reference):
+    """The reference's words stand in the answer as one run; of several words, also by TriviaQA's rules."""
+    words, said = without_articles(reference), without_articles(answer)
+    return common.is_contained(reference, answer) or " " in words and f" {words} " in f" {said} "
+
+
 def measure_sqa(rows, groups, _):
     right = []
     for row in rows:
-        right.append(any(common.is_contained(reference, row["answer"]) for reference in row["reference"]))
+        right.append(any(is_right(row["answer"], reference) for reference in row["reference"]))
     return {"accuracy": mean_of(100 * group_means(right, groups))}
 
 
@@ -452,7 +463,7 @@ class ServedJudge(common.Served):
         return read_verdict(said)
 
     def __call__(self, rows, others):
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(32) as pool:
             forth = list(pool.map(self.prefers, rows, rows, others))
             back = list(pool.map(self.prefers, rows, others, rows))
         if len(rows) > 4 and set(forth + back) == {0.5}:
@@ -487,18 +498,20 @@ class KeptJudge:
 
     def __call__(self, rows, others):
         keys, new = [], {}                                # new: {key: a pair that was never judged}
-        for row, other in zip(rows, others):
-            said = row["answer"], other["answer"]
-            keys.append(common.digest([self.name, QUESTION, row["text"], row["prompt"], said]))
+        for pair in zip(rows, others):                    # one verdict serves both orders of a pair
+            first, second = sorted(pair, key=lambda row: row["answer"])
+            said = first["answer"], second["answer"]
+            keys.append(common.digest([self.name, QUESTION, first["text"], first["prompt"], said]))
             if said[0] == said[1]:
                 self.verdicts[keys[-1]] = 0.5             # nobody need be asked
             elif keys[-1] not in self.verdicts:
-                new[keys[-1]] = row, other
-        for at in tqdm(range(0, len(new), 16), desc="judge", unit="x16", leave=False):
-            some = list(new)[at:at + 16]
+                new[keys[-1]] = first, second
+        for at in tqdm(range(0, len(new), 256), desc="judge", unit="x256", leave=False):
+            some = list(new)[at:at + 256]
             self.verdicts |= zip(some, self.judge(*zip(*(new[key] for key in some))))
             common.append_jsonl(self.path, [dict(key=key, prefers=self.verdicts[key]) for key in some])
-        return [self.verdicts[key] for key in keys]
+        turned = [row["answer"] > other["answer"] for row, other in zip(rows, others)]
+        return [1 - self.verdicts[key] if back else self.verdicts[key] for key, back in zip(keys, turned)]
 
 
 def closer(rows, others, vectors):

@@ -28,6 +28,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -621,7 +622,7 @@ class Served:
         try:
             with urllib.request.urlopen(request, timeout=600) as reply:
                 return pick(json.load(reply))
-        except (OSError, ValueError, LookupError, TypeError) as error:   # refused, no JSON, another protocol
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:      # refused, no JSON
             raise UserError(f"{self.url}: no answer from {route} ({str(error)[:100]}); check that the server "
                             "runs, then run the same command again to go on") from None
 
@@ -830,8 +831,8 @@ def listen(asr, waves, window=30.0, batch_size=16):
     texts, endless = [], []
     for at in range(0, len(waves), batch_size):
         padded = [whisper.pad_or_trim(wave, context * 320) for wave in waves[at:at + batch_size]]
-        mel = torch.stack([whisper.log_mel_spectrogram(wave, asr.dims.n_mels) for wave in padded])
-        for result in whisper.decode(asr, mel.to(asr.device), options):
+        mels = [whisper.log_mel_spectrogram(wave, asr.dims.n_mels, device=asr.device) for wave in padded]
+        for result in whisper.decode(asr, torch.stack(mels), options):
             if len(result.tokens) == options.sample_len and window < 30:
                 endless.append(len(texts))
             texts.append(result.text.strip())

@@ -266,8 +266,8 @@ def served():
     class Handler(http.server.BaseHTTPRequestHandler):
         def reply(self, value):
             body = json.dumps(value).encode()
-            self.send_response(500 if broken else 200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_response(500 if "refuses" in broken else 200)
+            self.send_header("Content-Length", str(len(body) + 9 * ("dies" in broken)))
             self.end_headers()
             self.wfile.write(body)
 
@@ -302,10 +302,12 @@ def test_a_served_judge_is_asked_in_both_orders_and_once(served, tmp_path):
     assert [sum(f"Answer {side}: Bake." in text for _, text in asked) for side in "AB"] == [1, 1]
     assert all(f"Request: {CHICKEN}" in text or f"Request: {STORE}" in text for _, text in asked)
     assert len(common.read_jsonl(path)) == 3
-    assert judge(OTHER, OWN) == [0.0, 1.0, 0.5]           # the other way round is another question
-    broken.append(True)
-    with pytest.raises(common.UserError, match="http://127.0.0.1.*run the same command again"):
-        judge(rows_of("New."), OTHER)
+    assert judge(OTHER, OWN) == [0.0, 1.0, 0.5] and len(asked) == 4        # one verdict serves both orders
+    for how in ("refuses", "dies"):
+        broken.append(how)
+        with pytest.raises(common.UserError, match="http://127.0.0.1.*run the same command again"):
+            judge(rows_of("New."), OTHER)
+        broken.clear()
 
 
 def test_a_judge_that_names_no_answer_is_refused(monkeypatch):
@@ -348,6 +350,11 @@ def test_without_a_judge_the_closer_answer_wins():
 def test_containment_is_by_words():
     assert common.is_contained("Mount Everest", "It's mount everest, I think.")
     assert not common.is_contained("Ca", "because of that") and not common.is_contained("", "anything")
+    for alias, said in (("lord of rings", "It is The Lord of the Rings."),
+                        ("don t look now", "Don't Look Now!"),
+                        ("schindler s list", "Schindler's List, I think")):
+        assert evaluate.is_right(said, alias) and not common.is_contained(alias, said)     # of TriviaQA
+    assert not evaluate.is_right("Sulfur's symbol is Su.", "S") and not evaluate.is_right("", "the")
 
 
 def test_corpus_scores_are_sacrebleus_own():
