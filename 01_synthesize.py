@@ -142,8 +142,7 @@ class ServedTeacher(common.Served):
         from transformers import AutoTokenizer
         super().__init__(spec)
         with common.loading(self.model, "tokenizer") as path:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        self.tokenizer = common.checked(tokenizer, self.model)
+            self.tokenizer = common.checked(AutoTokenizer.from_pretrained(path), self.model)
 
     def ask(self, prompt, end_id, max_new, temperature=0.0, top_p=1.0, seed=0):
         """One continuation of a prompt of token ids: (text, ended)."""
@@ -253,9 +252,13 @@ def answer_instructions(teacher, task, rows, args):
         row["dropped"] = check_answer(row, ended)
 
 
+def batch_path(args, name, batch):
+    return args.work / "data" / "batches" / f"{name}-{batch:04d}.jsonl"
+
+
 def text_batch(task, batch, args):
     """Rows of one text batch, written once and kept."""
-    path = args.work / "data" / "batches" / f"{task}-{batch:04d}.jsonl"
+    path = batch_path(args, task, batch)
     if not path.exists():
         teacher = load_teacher(args.teacher, args.device)
         if task == "s2tt" and args.s2tt != "none":
@@ -457,7 +460,7 @@ def speak(items, threads=1):
 
 def spoken_batch(batch, groups, args):
     """The utterances of a batch of groups, spoken into wav files and heard by Whisper once, and kept."""
-    path = args.work / "data" / "batches" / f"speech-{batch:04d}.jsonl"
+    path = batch_path(args, "speech", batch)
     if path.exists():
         return common.read_jsonl(path)
     items = list(itertools.chain(*groups[batch * SPEECH_GROUPS:(batch + 1) * SPEECH_GROUPS]))

@@ -556,6 +556,8 @@ def loading(name, kind):
     path = resolve(name)
     try:
         yield path
+    except UserError:                                     # a line already
+        raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
         raise UserError(f"{name}: no {kind} can be loaded ({reason}); give a local path or a reachable hub "
@@ -578,10 +580,10 @@ def load_llm(name, device="cpu"):
     """(tokenizer, causal LM): a text LLM as a teacher, frozen, computing as the SpeechLM's does (`adapt`); on
     a device, or "auto": over all GPUs."""
     with loading(name, "causal LM") as path:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = checked(transformers.AutoTokenizer.from_pretrained(path), name)
         llm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype(), device_map=device)
     adapt(llm, 0)
-    return checked(tokenizer, name), llm
+    return tokenizer, llm
 
 
 def spread(device):
@@ -850,7 +852,7 @@ def has_words(text):
     return bool(re.search(r"\w", normalise(text)))
 
 
-def is_contained(words, text):
+def is_contained(words, text, normalise=normalise):
     """The words stand in the text as one run, both normalised: "Ca" does not match "because"."""
     wanted, said = (" ".join(normalise(part).split()) for part in (words, text))
     return bool(wanted) and f" {wanted} " in f" {said} "
@@ -1011,9 +1013,8 @@ class SpeechLM(nn.Module):
 
     def _load(self, config, device):
         with loading(config["student"], "causal LM") as path:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            self.tokenizer = checked(transformers.AutoTokenizer.from_pretrained(path), config["student"])
             llm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype())
-        self.tokenizer = checked(tokenizer, config["student"])
         self.llm, self.asr = llm.to(device), load_whisper(config["whisper"], device)
 
     # ---- speech -> what the LLM reads of it
